@@ -1,0 +1,30 @@
+/* gemm.h - matrix products. Row-major, contiguous.
+ *
+ * Batch invariance: a row of the result has the same bits whatever M is. So the kernel is chosen by N*K only, never by M: small
+ * products run on our own fixed-order kernel, large ones on OpenBLAS, called single-threaded on row tiles of one fixed size
+ * (the last one padded). Threads split the output, never a sum.
+ *
+ * Both precisions are declared here, because the cluster projector of an f32 model computes its rounds in f64. */
+#ifndef STV_OPS_GEMM_H
+#define STV_OPS_GEMM_H
+
+#include "base/exec.h"
+#include "tensor/real.h"
+
+#include <stdbool.h>
+
+/* y (M,N) = a (M,K) w (N,K)^T, or y += ... when `add`. y overlaps neither input. The product of a linear layer, forward. */
+void stv_matmul_nt_f32(stv_exec *x, float *y, const float *a, const float *w, int64_t M, int64_t N, int64_t K, bool add);
+void stv_matmul_nt_f64(stv_exec *x, double *y, const double *a, const double *w, int64_t M, int64_t N, int64_t K, bool add);
+/* y (M,N) = a (M,K) b (K,N). Input gradient: dx = dy W. */
+void stv_matmul_nn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add);
+void stv_matmul_nn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add);
+/* y (M,N) = a (K,M)^T b (K,N). Weight gradient: dW = dy^T x; here K counts rows, and their sum runs in row order. */
+void stv_matmul_tn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add);
+void stv_matmul_tn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add);
+
+#define stv_matmul_nt STV_TYPED(stv_matmul_nt)
+#define stv_matmul_nn STV_TYPED(stv_matmul_nn)
+#define stv_matmul_tn STV_TYPED(stv_matmul_tn)
+
+#endif

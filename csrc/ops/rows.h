@@ -1,0 +1,36 @@
+/* rows.h - moving rows about, and the small elementwise work between layers. */
+#ifndef STV_OPS_ROWS_H
+#define STV_OPS_ROWS_H
+
+#include "base/exec.h"
+#include "tensor/real.h"
+
+#include <stdbool.h>
+
+void stv_zero(stv_exec *x, real *y, int64_t n);
+void stv_copy(stv_exec *x, real *y, const real *in, int64_t n);
+/* y = a + b; y may be a or b. */
+void stv_add(stv_exec *x, real *y, const real *a, const real *b, int64_t n);
+/* y (n,D) = in[index[i]]. */
+void stv_gather_rows(stv_exec *x, real *y, const real *in, const int64_t *index, int64_t n, int64_t D);
+/* y[index[i]] += in (n,D), in the order of i; rows may repeat. */
+void stv_scatter_add_rows(stv_exec *x, real *y, const real *in, const int64_t *index, int64_t n, int64_t D);
+/* True if every element is finite. Always true while measuring. */
+bool stv_all_finite(stv_exec *x, const real *in, int64_t n);
+
+/* The splice: row i of y (rows,D) is table[token[i]], or features[feature[i]] where feature[i] >= 0. */
+void stv_splice_forward(stv_exec *x, real *y, const real *table, const real *features, const int32_t *token, const int64_t *feature,
+                        int64_t rows, int64_t D);
+/* dtable and dfeatures are added to, in row order; either may be NULL. */
+void stv_splice_backward(stv_exec *x, real *dtable, real *dfeatures, const real *dy, const int32_t *token, const int64_t *feature,
+                         int64_t rows, int64_t D);
+#define stv_zero STV_TYPED(stv_zero)
+#define stv_copy STV_TYPED(stv_copy)
+#define stv_add STV_TYPED(stv_add)
+#define stv_gather_rows STV_TYPED(stv_gather_rows)
+#define stv_scatter_add_rows STV_TYPED(stv_scatter_add_rows)
+#define stv_all_finite STV_TYPED(stv_all_finite)
+#define stv_splice_forward STV_TYPED(stv_splice_forward)
+#define stv_splice_backward STV_TYPED(stv_splice_backward)
+
+#endif
