@@ -1,0 +1,13 @@
+"""Checkpoint files: bytes on disk <-> NumPy arrays under canonical tensor names.
+
+    atomic            every write: temporary name, fsync, rename; directories with a manifest of hashes
+    strict_json       JSON without duplicate keys, NaN or surprises in size
+    tensor_file       dtypes, limits, the mapping name -> array that all readers return
+    safetensors_file  one .safetensors file        torch_zip  one torch .bin file, no pickle is ever executed
+    index             one file or many shards with an index
+    peft              LoRA adapters as PEFT writes them
+    names             canonical tensor names, their shapes, and the names each file form uses
+    directory         whole checkpoints: full, base + adapters, projector only; readers and writers
+
+Import from the modules; this file imports nothing, so that `config` can use the lower ones.
+"""

@@ -1,0 +1,130 @@
+"""What every weight file gives: an immutable mapping from tensor name to NumPy array, and the limits readers enforce.
+
+NumPy has no bfloat16. Its bits travel as uint16, and in this package a uint16 array *means* bfloat16: no checkpoint
+stores real uint16 weights (readers refuse them), so no side table of dtypes has to follow every array around.
+
+Arrays are read-only views on a memory map. The map follows the file: a file truncated in place by another process makes
+the next access fail with SIGBUS. Everything this package writes is replaced by rename and never in place.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from stllava.errors import FormatError
+
+MAX_TENSORS = 1_000_000
+MAX_RANK = 8
+MAX_NAME_BYTES = 512
+
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "f64": np.dtype("<f8"), "f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2"),
+    "i64": np.dtype("<i8"), "i32": np.dtype("<i4"), "i16": np.dtype("<i2"), "i8": np.dtype("i1"),
+    "u8": np.dtype("u1"), "bool": np.dtype("?"),
+}
+FLOAT_DTYPES = ("f64", "f32", "f16", "bf16")
+_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+_CHUNK = 1 << 22  # elements looked at at once, so that checking a 500 MB tensor needs a few MB
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """Mapping name -> array of one file; `path` where it lies, `metadata` its string pairs."""
+
+    def __init__(self, path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+        self.path = path
+        self.metadata = dict(metadata or {})
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        n_bytes = sum(array.nbytes for array in self._tensors.values())
+        return f"TensorFile({str(self.path)!r}, {len(self)} tensors, {n_bytes} bytes)"
+
+    def dtype(self, name: str) -> str:
+        """'f32', 'bf16', ... of one tensor."""
+        return dtype_name(self[name])
+
+
+def dtype_name(array: np.ndarray) -> str:
+    """Name of the array's dtype ('bf16' for uint16). Raises TypeError for one that no checkpoint holds."""
+    name = _NAMES.get(array.dtype.newbyteorder("<"))
+    if name is None:
+        raise TypeError(f"dtype {array.dtype} cannot be stored; supported: {', '.join(NUMPY_DTYPES)} (bf16 as uint16)")
+    return name
+
+
+def little_endian(array: np.ndarray) -> np.ndarray:
+    """The same values C-contiguous and little-endian; no copy if they already are. Keeps rank 0."""
+    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def to_float32(array: np.ndarray) -> np.ndarray:
+    """Values as float32: exact from f16 and bf16, rounded from f64."""
+    if dtype_name(array) == "bf16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def count_nonfinite(array: np.ndarray) -> int:
+    """Number of NaN and infinite values; 0 for integer and bool arrays."""
+    kind = dtype_name(array)
+    if kind not in FLOAT_DTYPES:
+        return 0
+    flat = array.reshape(-1)
+    count = 0
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start:start + _CHUNK]
+        finite = (part & 0x7F80) != 0x7F80 if kind == "bf16" else np.isfinite(part)
+        count += part.size - int(np.count_nonzero(finite))
+    return count
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Read-only map of a regular, non-empty file. Raises FormatError, or OSError from the system."""
+    if not path.exists():
+        raise FormatError(f"{path}: no such file", path=path)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for ever
+        raise FormatError(f"{path}: not a regular file", path=path)
+    if status.st_size == 0:
+        raise FormatError(f"{path}: empty file; the copy or download was interrupted", path=path)
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def view(buffer: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    """Array on `buffer` at byte `offset`; the caller has checked the range.
+
+    Data that does not start on a multiple of its item size is copied, because C may not read it in place.
+    """
+    count = math.prod(shape)
+    if count == 0:
+        array = np.empty(shape, dtype)
+    else:
+        array = np.frombuffer(buffer, dtype, count, offset).reshape(shape)
+        if not array.flags.aligned:
+            array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def check_name(name: object, path: Path) -> str:
+    """A tensor name must be a non-empty string of at most MAX_NAME_BYTES. Returns it."""
+    if not isinstance(name, str) or not name or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+        raise FormatError(f"{path}: tensor name {str(name)[:80]!r}: want a string of 1 to {MAX_NAME_BYTES} bytes", path=path)
+    return name
