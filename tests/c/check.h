@@ -186,6 +186,12 @@ static inline void check_gradient(const char *what, double (*loss)(void *context
     free(numeric);
 }
 
+/* A test of running out of memory wants NULL, not a sanitizer report; a test that forks wants threads in the child. */
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "allocator_may_return_null=1"; }
+const char *__tsan_default_options(void);
+const char *__tsan_default_options(void) { return "allocator_may_return_null=1:die_after_fork=0"; }
+
 /* ---- main ---------------------------------------------------------------------------------------------------------------- */
 
 #define CHECK_RUN(cases) check_run_cases((cases), sizeof(cases) / sizeof *(cases), argc > 1 ? argv[1] : "")
