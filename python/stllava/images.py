@@ -1,0 +1,330 @@
+"""Pictures: file -> 8-bit RGB (`load_image`) -> what the vision tower reads (`ImageProcessor`).
+
+The picture the model sees must be the picture the reader sees, so whatever changes it on the way (orientation, alpha, 16 bits)
+is done by a stated rule and noted. One pre-processing serves training and inference.
+
+Pillow reads the files. PNG and BMP files in which nothing needs a rule are decoded by the core, without the GIL and with the
+same result; whatever the core refuses or cannot read goes to Pillow, whose word is final, so that a build without the core's
+decoder behaves the same.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
+
+import numpy as np
+import stllava_c
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps
+
+from stllava.checkpoint.atomic import write_bytes
+from stllava.checkpoint.strict_json import dump_object, read_object
+from stllava.errors import ConfigError, FormatError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BACKGROUND = (122, 116, 104)  # floor(255 * CLIP_MEAN)
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+MAX_FILE_BYTES = 64 * 2**20
+MAX_SIDE_PX = 65_535
+MAX_PIXELS = 178_956_970  # the same three limits as the core's
+CONFIG_FILE = "preprocessor_config.json"
+
+_ORIENTATION = 0x0112  # EXIF tag
+_DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_CORE_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"BM")
+_PNG_DEPTH_AT = 24  # byte offset of the bit depth
+
+Mode: TypeAlias = Literal["default", "compat"]
+Colour: TypeAlias = tuple[int, int, int]
+
+
+class ImageError(FormatError):
+    """A picture is missing, empty, damaged, truncated, too large or of an unknown kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """rgb: uint8 (height, width, 3). notes: what was done to (or ignored in) the file; empty for plain RGB or grey pictures."""
+
+    rgb: NDArray[np.uint8]
+    notes: list[str]
+
+
+Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
+
+
+def load_image(source: Source, mode: Mode = "default", *, background: Colour = BACKGROUND) -> LoadedImage:
+    """Read one picture (path, file content, or an opened PIL image) as 8-bit RGB.
+
+    mode "default" applies the EXIF orientation, composites alpha on `background`, and stretches grey of more than 8 bits from
+    its own range to 0..255. mode "compat" is what the original training did (Pillow's `convert("RGB")`): orientation ignored,
+    alpha dropped, deep grey clamped at 255. Both: CMYK and others by Pillow's formula, first frame of animations, 16-bit colour
+    by its high bytes.
+
+    Raises ImageError naming the file and the reason; MemoryError.
+    """
+    if mode not in ("default", "compat"):
+        raise ConfigError(f"mode {mode!r}: want 'default' or 'compat'", field="mode")
+    if isinstance(source, Image.Image):
+        name, data = getattr(source, "filename", "") or "PIL image", b""
+    else:
+        name, data = ("picture in memory", source) if isinstance(source, bytes) else (os.fspath(source), _read_file(source))
+        if data.startswith(_CORE_SIGNATURES):
+            try:
+                return LoadedImage(stllava_c.image_decode(data), [])
+            except stllava_c.Error:
+                pass  # Pillow decides what it is
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ImageError(f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so damaged pictures would be read silently; "
+                         "set it to False", path=name)
+    try:
+        with _borrow(source) if isinstance(source, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return _convert(image, data, mode, background)
+    except (MemoryError, ImageError):
+        raise
+    except Exception as error:  # Pillow's readers raise a dozen types for damaged files
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = f"not one of {', '.join(FORMATS)}, or damaged in the header" if unknown else str(error) or repr(error)
+        raise ImageError(f"{name}: cannot be read: {reason}", path=name) from error
+
+
+def _borrow(image: Image.Image) -> Image.Image:
+    """A copy, so that closing it leaves the caller's image open."""
+    _check_size(image)
+    return image.copy()
+
+
+def _read_file(path: str | os.PathLike[str]) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}", path=path) from error
+    if not data:
+        raise ImageError(f"{os.fspath(path)}: the file is empty", path=path)
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(f"{os.fspath(path)}: larger than the limit of {MAX_FILE_BYTES} bytes", path=path)
+    return data
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if not (0 < width <= MAX_SIDE_PX and 0 < height <= MAX_SIDE_PX and width * height <= MAX_PIXELS):
+        raise ValueError(f"{width}x{height} pixels, the limits are {MAX_SIDE_PX} a side and {MAX_PIXELS} in all")
+
+
+def _convert(image: Image.Image, data: bytes, mode: Mode, background: Colour) -> LoadedImage:
+    notes = []
+    _check_size(image)
+    if getattr(image, "is_animated", False):
+        notes.append("first of several frames")
+    image.load()
+    if (orientation := _orientation(image)) != 1:
+        notes.append(f"EXIF orientation {orientation} " + ("ignored" if mode == "compat" else "applied"))
+        image = image if mode == "compat" else ImageOps.exif_transpose(image)
+    if image.mode in _DEEP_GREY:
+        if "transparency" in image.info:
+            notes.append("transparent grey level ignored")
+        return LoadedImage(_deep_grey(image, mode, notes), notes)
+    if data.startswith(_CORE_SIGNATURES[0]) and data[_PNG_DEPTH_AT] == 16:
+        notes.append("16-bit samples reduced to their high bytes")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if rgba.getchannel("A").getextrema()[0] < 255:
+            notes.append("alpha dropped" if mode == "compat" else f"alpha composited on {background}")
+            if mode == "default":
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba)
+    elif image.mode not in ("RGB", "L", "1", "P"):
+        notes.append(f"{image.mode} converted to RGB by Pillow's formula")
+    return LoadedImage(np.array(image.convert("RGB")), notes)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1..8; 1 (upright) also where the EXIF block cannot be parsed, as viewers do."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # the block is a TIFF file of its own, with as many ways to be damaged
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _deep_grey(image: Image.Image, mode: Mode, notes: list[str]) -> NDArray[np.uint8]:
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("grey values that are NaN or infinite")
+    if mode == "compat":
+        notes.append(f"{image.mode} grey clamped at 255 (range {low:g}..{high:g})")
+        grey = np.clip(values, 0, 255).astype(np.uint8)
+    else:
+        notes.append(f"{image.mode} grey windowed from {low:g}..{high:g} to 0..255")
+        grey = np.rint((values - low) * (255 / (high - low or 1.0))).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessor:
+    """CLIP's pre-processing: pad to a square or not, bicubic resize of the shorter edge, centre crop, normalise.
+
+    size: side of the model's input in pixels. image_mean, image_std: per channel, of values in 0..1. background: colour of the
+    padding; None = floor(255 * image_mean). aspect: "pad" (training, and the default everywhere) or "square" (long sides are
+    cropped away). mode: how pictures that are not arrays are loaded.
+
+    The 8-bit picture in the middle has Pillow's bytes (Pillow <= 12, see csrc/image/resize.h).
+    Source: Transformers CLIPImageProcessor, LLaVA `expand2square`. Raises ConfigError.
+    """
+
+    size: int = 336
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+    background: Colour | None = None
+    aspect: Literal["pad", "square"] = "pad"
+    mode: Mode = "default"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or not 1 <= self.size <= 4096:
+            raise ConfigError(f"size {self.size!r}: want an integer from 1 to 4096", field="size")
+        if self.aspect not in ("pad", "square"):
+            raise ConfigError(f"aspect {self.aspect!r}: want 'pad' or 'square'", field="aspect")
+        if self.mode not in ("default", "compat"):
+            raise ConfigError(f"mode {self.mode!r}: want 'default' or 'compat'", field="mode")
+        for field in ("image_mean", "image_std"):
+            values = getattr(self, field)
+            values = tuple(values) if isinstance(values, Sequence) else (values,)
+            if len(values) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values) or (
+                    field == "image_std" and min(values) <= 0):
+                raise ConfigError(f"{field} {values!r}: want 3 finite numbers{', > 0' * (field == 'image_std')}", field=field)
+            object.__setattr__(self, field, values)
+        colour = tuple(int(255 * m) for m in self.image_mean) if self.background is None else tuple(self.background)
+        if len(colour) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in colour):
+            raise ConfigError(f"background {colour!r}: want 3 integers from 0 to 255", field="background")
+        object.__setattr__(self, "background", colour)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], aspect: Literal["pad", "square"] = "pad", *,
+                        mode: Mode = "default") -> Self:
+        """Read `preprocessor_config.json`. A key that changes the maths and is not implemented is a ConfigError."""
+        path = Path(directory) / CONFIG_FILE
+        try:
+            return cls(**_parse_config(read_object(path)), aspect=aspect, mode=mode)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}", path=path, field=error.field) from error
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `preprocessor_config.json` into an existing directory, in the form Transformers reads."""
+        write_bytes(Path(directory) / CONFIG_FILE, dump_object({
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
+            "size": {"shortest_edge": self.size}, "do_center_crop": True, "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(self.image_mean), "image_std": list(self.image_std)}))
+
+    def load(self, image: Source | LoadedImage | NDArray[np.uint8]) -> LoadedImage:
+        """`image` as 8-bit RGB: arrays (height, width, 3) as they are, everything else through `load_image`."""
+        if isinstance(image, LoadedImage):
+            return image
+        if not isinstance(image, np.ndarray):
+            return load_image(image, self.mode, background=self.background)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ImageError(f"picture array: want uint8 (height, width, 3), found {image.dtype} {image.shape}")
+        return LoadedImage(image, [])
+
+    def __call__(self, image: Source | LoadedImage | NDArray[np.uint8]) -> NDArray[np.float32]:
+        """float32 (3, size, size). Raises ImageError."""
+        rgb = np.ascontiguousarray(self.load(image).rgb)
+        return stllava_c.image_preprocess(rgb, size=self.size, pad=self.aspect == "pad", background=self.background,
+                                          mean=self.image_mean, std=self.image_std)
+
+    def resize_crop(self, image: Source | LoadedImage | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 (size, size, 3): the picture the model sees, before normalisation. Raises ImageError."""
+        rgb = np.ascontiguousarray(self.load(image).rgb)
+        return stllava_c.image_resize_crop(rgb, size=self.size, pad=self.aspect == "pad", background=self.background)
+
+    def preprocess_many(self, images: Sequence[Source | LoadedImage | NDArray[np.uint8]],
+                        threads: int | None = None) -> NDArray[np.float32]:
+        """float32 (n, 3, size, size), loaded and processed by `threads` threads (None: one per core), the same at any number.
+
+        Raises the first ImageError, with the number of the picture as a note.
+        """
+        out = np.empty((len(images), 3, self.size, self.size), dtype=np.float32)
+
+        def fill(i: int) -> None:
+            try:
+                out[i] = self(images[i])
+            except ImageError as error:
+                error.add_note(f"picture {i} of {len(images)}")
+                raise
+
+        with ThreadPoolExecutor(max_workers=threads or os.cpu_count()) as pool:
+            for _ in pool.map(fill, range(len(images))):
+                pass
+        return out
+
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # keys, and the values under which the maths is the implemented one
+    "do_resize": (True,), "do_center_crop": (True,), "do_normalize": (True,), "do_rescale": (True,), "resample": (3,),
+    "do_convert_rgb": (True, False),  # always converted
+    "image_processor_type": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"),
+    "feature_extractor_type": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
+    "data_format": ("channels_first",), "do_pad": (False,),
+}
+_NOT_NEUTRAL = ("size", "crop_size", "rescale_factor", "image_mean", "image_std")
+
+
+def _parse_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ImageProcessor from the JSON object; absent keys have CLIP's values. null means absent."""
+    values = {key: value for key, value in values.items() if value is not None and not key.startswith("_") and key != "processor_class"}
+    size = _side(values, "size", {"shortest_edge"}, 224)
+    crop_size = _side(values, "crop_size", {"height", "width"}, size)
+    if crop_size != size:
+        raise ConfigError(f"crop_size {crop_size} differs from size {size}: only equal ones are implemented", field="crop_size")
+    factor = values.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-12:
+        raise ConfigError(f"rescale_factor {factor!r}: only 1/255 is implemented", field="rescale_factor")
+    for key, value in values.items():
+        if key in _NEUTRAL and value not in _NEUTRAL[key]:
+            raise ConfigError(f"{key} is {value!r}: only {' or '.join(map(repr, _NEUTRAL[key]))} is implemented", field=key)
+        if key not in _NEUTRAL and key not in _NOT_NEUTRAL:
+            raise ConfigError(f"unknown key {key} = {value!r}: it may change the picture; remove it if it does not", field=key)
+    return {"size": size, **{key: values[key] for key in ("image_mean", "image_std") if key in values}}
+
+
+def _side(values: Mapping[str, Any], key: str, names: set[str], default: int) -> int:
+    """An edge in pixels, written as a number or as an object with exactly `names`, all equal."""
+    value = values.get(key, default)
+    sides = list(value.values()) if isinstance(value, dict) and set(value) == names else [value]
+    if not all(isinstance(side, int) and side == sides[0] for side in sides):
+        raise ConfigError(f"{key} {value!r}: want a number of pixels or an object of {' and '.join(sorted(names))}, equal", field=key)
+    return sides[0]
+
+
+def expand2square(image: Image.Image, background: Colour | int) -> Image.Image:
+    """The picture centred on a square of its longer side (offset rounded down), mode unchanged. Source: LLaVA `expand2square`."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), background)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def process_images(images: Iterable[Source | LoadedImage | NDArray[np.uint8]], image_processor: ImageProcessor,
+                   model_cfg: Any) -> NDArray[np.float32]:
+    """float32 (n, 3, size, size), padded iff `model_cfg` (object or mapping) says image_aspect_ratio "pad".
+
+    Source: LLaVA `process_images`. Raises ConfigError for aspect ratios that are not implemented ("anyres", ...); ImageError.
+    """
+    read = model_cfg.get if isinstance(model_cfg, Mapping) else lambda key: getattr(model_cfg, key, None)
+    aspect = read("image_aspect_ratio")
+    if aspect not in ("pad", "square", None):
+        raise ConfigError(f"image_aspect_ratio {aspect!r}: want 'pad' or 'square'", field="image_aspect_ratio")
+    return replace(image_processor, aspect="pad" if aspect == "pad" else "square").preprocess_many(list(images))
