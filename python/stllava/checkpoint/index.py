@@ -101,8 +101,8 @@ def _check_file_name(index_path: Path, tensor: str, file_name: object) -> str:
 
 
 def write_weights(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
-                  shard_bytes: int = DEFAULT_SHARD_BYTES, format: Format = "safetensors") -> list[Path]:
-    """Write tensors in the order given, opening a new shard when the next tensor would pass `shard_bytes`.
+                  shard_size: int = DEFAULT_SHARD_BYTES, format: Format = "safetensors") -> list[Path]:
+    """Write tensors in the order given, opening a new shard when the next tensor would pass `shard_size` bytes.
 
     One shard is written without an index under the plain name. A tensor larger than the limit gets a shard of its own.
     Returns the paths of the weight files.
@@ -110,12 +110,12 @@ def write_weights(directory: str | os.PathLike[str], tensors: Mapping[str, np.nd
     directory = Path(directory)
     if format not in _STEMS:
         raise ValueError(f"format {format!r}: want one of {', '.join(_STEMS)}")
-    if shard_bytes <= 0:
-        raise ValueError(f"shard_bytes {shard_bytes}: want a positive number of bytes")
+    if shard_size <= 0:
+        raise ValueError(f"shard_size {shard_size}: want a positive number of bytes")
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for name, array in tensors.items():
-        if shards[-1] and size + array.nbytes > shard_bytes:
+        if shards[-1] and size + array.nbytes > shard_size:
             shards.append({})
             size = 0
         shards[-1][name] = array
