@@ -1,0 +1,203 @@
+"""The slow LLaMA tokenizer: SentencePiece plus the special-token rules that LLaVA checkpoints were trained with.
+
+Special tokens are found in the text first; each stretch between them is encoded on its own, with its own dummy prefix.
+`legacy` (Transformers' flag of the same name) says what happens after a special token: legacy tokenizers keep the dummy
+prefix there ("</s>b" -> "▁b"), the others drop it ("</s>b" -> "b"). Source: `LlamaTokenizer` of Transformers 4.31.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from stllava.checkpoint.strict_json import dump_object, read_object
+from stllava.errors import ConfigError, FormatError
+
+_UNDERLINE = "\u2581"
+_MODEL_FILE, _CONFIG_FILE, _ADDED_FILE = "tokenizer.model", "tokenizer_config.json", "added_tokens.json"
+
+
+class Tokenizer:
+    """Text <-> ids.
+
+    Args:
+        model_file: SentencePiece model (`tokenizer.model`).
+        legacy: see the module text; `tokenizer_config.json` says which one a checkpoint wants, absent means True.
+        model_max_length: number of ids that the checkpoint's training data was cut at; nothing is cut here.
+        added_tokens: further special tokens and their ids, as in `added_tokens.json`.
+
+    Padding uses the unknown token (id 0), as LLaVA does.
+    """
+
+    def __init__(
+        self,
+        model_file: str | os.PathLike[str],
+        legacy: bool = True,
+        model_max_length: int = 2048,
+        added_tokens: Mapping[str, int] | None = None,
+    ) -> None:
+        path = Path(model_file)
+        if not path.is_file():
+            raise FormatError(f"{path}: no such file, want a SentencePiece model", path=path)
+        self._model_bytes = path.read_bytes()
+        self._sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self._sp.LoadFromSerializedProto(self._model_bytes)
+        except RuntimeError as error:
+            raise FormatError(f"{path}: not a SentencePiece model: {error}", path=path) from error
+        self.legacy = legacy
+        self.model_max_length = model_max_length
+        self.added_tokens = dict(added_tokens or {})
+
+        self.bos_token_id: int = self._sp.bos_id()
+        self.eos_token_id: int = self._sp.eos_id()
+        self.unk_token_id: int = self._sp.unk_id()
+        if min(self.bos_token_id, self.eos_token_id, self.unk_token_id) < 0:
+            raise FormatError(f"{path}: the model lacks a begin, end or unknown token, which LLaMA tokenizers have", path=path)
+        self.pad_token_id = self.unk_token_id
+        base = (self.unk_token_id, self.bos_token_id, self.eos_token_id)
+        self.special_ids: dict[str, int] = {self._sp.id_to_piece(i): i for i in base} | self.added_tokens
+        self._special_pieces = {i: piece for piece, i in self.special_ids.items()}
+        self.vocab_size: int = max(self._sp.vocab_size(), *(i + 1 for i in self._special_pieces))
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    # ---- text -> ids
+
+    def encode(self, text: str, add_bos: bool = True, parse_special: bool = True) -> list[int]:
+        """Ids of `text`; no end token is added.
+
+        parse_special: turn "</s>" and the like inside `text` into their ids. Give False for anything a user wrote:
+        then no text can become a special id.
+        """
+        ids = [self.bos_token_id] if add_bos else []
+        after_special = False
+        for part in self._special_pattern.split(text) if parse_special else [text]:
+            if parse_special and part in self.special_ids:
+                ids.append(self.special_ids[part])
+                after_special = True
+            elif part:
+                ids += self.encode_piecewise(part, after_special)[0]
+        return ids
+
+    def encode_piecewise(self, text: str, after_special: bool = False) -> tuple[list[int], list[int]]:
+        """Encode one stretch without special tokens: (ids, begins), begins[i] = index in `text` where piece i starts.
+
+        after_special: a special token stands right before the stretch. A leading "▁" that stands for no character of
+        `text` starts at 0, and so do the bytes of a character at that character.
+        """
+        if not self.legacy:
+            text = text.replace(_UNDERLINE, " ")
+        pieces: list[str] = self._sp.encode(text, out_type=str)
+        ids = [self._sp.piece_to_id(piece) for piece in pieces]
+        begins = self._begins(text, pieces, ids)
+        if not self.legacy and after_special and not text.startswith(" ") and pieces[0].startswith(_UNDERLINE):
+            rest = pieces[0][1:]
+            ids[:1] = [self._sp.piece_to_id(rest)] if rest else []
+            begins[:1] = [0] if rest else []
+        return ids, begins
+
+    def _begins(self, text: str, pieces: Sequence[str], ids: Sequence[int]) -> list[int]:
+        # Pieces spell "▁" + text. Counted here because the library's own offsets changed interface between versions.
+        begins, position = [], -1
+        for piece, i in zip(pieces, ids, strict=True):
+            if self._sp.is_byte(i):
+                continues_character = 0x80 <= int(piece[3:5], 16) < 0xC0
+                begins.append(max(position - continues_character, 0))
+                position += not continues_character
+            else:
+                begins.append(max(position, 0))
+                position += len(piece)
+        if pieces and position != len(text):
+            raise ConfigError(
+                f"the tokenizer rewrites text ({text!r} became {''.join(pieces)!r}), so labels cannot be placed; "
+                "want a model with identity normalisation, as LLaMA's"
+            )
+        return begins
+
+    # ---- ids -> text
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. Bytes that are no valid UTF-8 become U+FFFD.
+
+        With special tokens kept, a run before a special token gets one space in front unless the sequence starts there
+        or another special token precedes it (as Transformers 4.31 does).
+        """
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}; remove image markers (-200) first")
+        if skip_special_tokens:
+            return self._decode_run([i for i in ids if i not in self._special_pieces])
+        text, run = "", []
+        previous_is_special = False
+        for position, i in enumerate(ids):
+            piece = self._special_pieces.get(i)
+            if piece is None:
+                run.append(i)
+            else:
+                text += (" " if position and not previous_is_special else "") + self._decode_run(run) + piece
+                run = []
+            previous_is_special = piece is not None
+        return text + self._decode_run(run)
+
+    def _decode_run(self, ids: Sequence[int]) -> str:
+        return self._sp.decode([int(i) for i in ids])
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Tokenizer:
+        """Read `tokenizer.model` and, where present, `tokenizer_config.json` and `added_tokens.json`.
+
+        Raises FormatError for missing or damaged files, ConfigError for settings that would change ids and are not
+        implemented.
+        """
+        folder = Path(directory)
+        if not (folder / _MODEL_FILE).is_file():
+            raise FormatError(
+                f"{folder}: no {_MODEL_FILE}; the slow LLaMA tokenizer is needed, copy it from the base model", path=folder
+            )
+        config_path = folder / _CONFIG_FILE
+        config = _read_if_present(config_path)
+        for key, implemented in (("add_bos_token", True), ("add_eos_token", False), ("add_prefix_space", True)):
+            if config.get(key) not in (None, implemented):
+                raise ConfigError(f"{config_path}: {key} = {config[key]!r} is not implemented, want {implemented}", path=config_path, field=key)
+        legacy = config.get("legacy")
+        return cls(
+            folder / _MODEL_FILE,
+            legacy=True if legacy is None else bool(legacy),
+            model_max_length=int(config.get("model_max_length") or 2048),
+            added_tokens=_read_if_present(folder / _ADDED_FILE),
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the files `from_pretrained` (and Transformers' LlamaTokenizer) reads."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _MODEL_FILE).write_bytes(self._model_bytes)
+        unk, bos, eos = (self._special_pieces[i] for i in (self.unk_token_id, self.bos_token_id, self.eos_token_id))
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": self.legacy,
+            "model_max_length": self.model_max_length,
+            "padding_side": "right",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "bos_token": bos,
+            "eos_token": eos,
+            "unk_token": unk,
+            "pad_token": unk,
+        }
+        (folder / _CONFIG_FILE).write_bytes(dump_object(config))
+        if self.added_tokens:
+            (folder / _ADDED_FILE).write_bytes(dump_object(self.added_tokens))
+
+
+
+def _read_if_present(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
