@@ -1,0 +1,93 @@
+"""JSON data files -> records, with every problem found before the first update.
+
+Nothing is repaired silently and no sample ever replaces another: a bad record stops the run with a list of all of them, or, when asked, is left
+out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stllava.errors import FormatError, StllavaError
+
+__all__ = ["DataError", "Problem", "read_records", "check_records"]
+
+SHOWN = 20  # problems printed in full
+
+
+class DataError(StllavaError, ValueError):
+    """Records that cannot be trained on; `problems` has all of them."""
+
+    def __init__(self, message: str, problems: list["Problem"]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`row` counts from 0. `kind` is a short name for counting, `text` says what was found and what is wanted."""
+
+    row: int
+    id: str
+    kind: str
+    text: str
+
+
+def read_records(data: str | Path | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A JSON list, JSON lines (.jsonl), or records already in memory. Raises FormatError naming file, row and what was found."""
+    if not isinstance(data, (str, Path)):
+        return list(data)
+    path = Path(data)
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            records = []
+            for number, line in enumerate(text.splitlines()):
+                if line.strip():
+                    records.append(json.loads(line))
+        else:
+            records = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {number + 1}" if path.suffix == ".jsonl" else f"line {error.lineno}"
+        raise FormatError(f"{path}: {where} is not JSON: {error.msg}", path=path) from error
+    if not isinstance(records, list):
+        raise FormatError(f"{path}: want a list of records, found a {type(records).__name__}", path=path)
+    for row, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise FormatError(f"{path}: row {row} is a {type(record).__name__}, want an object", path=path)
+    return records
+
+
+def check_records(records: list[dict[str, Any]], check: Callable[[int, dict[str, Any]], tuple[str, str] | None], on_bad_sample: str,
+                  source: object, threads: int = 2) -> tuple[list[int], list[Problem]]:
+    """Runs `check(row, record) -> (kind, text) | None` on every record.
+
+    Returns:
+        rows to train on, and the problems of the rows left out (only with ``on_bad_sample="skip"``).
+
+    Raises:
+        DataError: with ``"error"`` (the default of every data set), if any record has a problem; or if none is left.
+    """
+    if on_bad_sample not in ("error", "skip"):
+        raise ValueError(f"on_bad_sample is {on_bad_sample!r}, want 'error' or 'skip'")
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(check, range(len(records)), records))
+    problems = [Problem(row, str(record.get("id", row)), *answer)
+                for row, (record, answer) in enumerate(zip(records, found, strict=True)) if answer is not None]
+    if problems and on_bad_sample == "error":
+        lines = [f"  row {p.row} (id {p.id}): {p.text}" for p in problems[:SHOWN]]
+        more = "" if len(problems) <= SHOWN else f"\n  ... and {len(problems) - SHOWN} more"
+        counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).most_common())
+        raise DataError(f"{source}: {len(problems)} of {len(records)} records cannot be used ({counts}); mend them, or leave them out with "
+                        "on_bad_sample='skip':\n" + "\n".join(lines) + more, problems)
+    bad = {p.row for p in problems}
+    rows = [row for row in range(len(records)) if row not in bad]
+    if not rows:
+        raise DataError(f"{source}: no usable record left of {len(records)}", problems)
+    return rows, problems

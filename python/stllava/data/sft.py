@@ -1,0 +1,110 @@
+"""Instruction data (spec 4.1, 6.1) with visual self-questioning (spec 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from stllava.conversation import ConversationError, as_template
+from stllava.images import ImageError, ImageProcessor
+from stllava.text.labels import Sample, build_sample, draw_switches
+from stllava.text.tokenizer import Tokenizer
+from stllava.tree import Sequence
+
+from .pictures import Pictures
+from .records import Problem, check_records, read_records
+
+__all__ = ["SFTDataset", "text_budget", "sequence_of"]
+
+
+def text_budget(max_length: int | None, n_images: int, tokens_per_image: int) -> int | None:
+    """Ids a sample may have: each image stands on `tokens_per_image` rows, and images are never cut (spec D15)."""
+    return None if max_length is None else max_length - n_images * (tokens_per_image - 1)
+
+
+def sequence_of(sample: Sample, image: str | None, key: int) -> Sequence:
+    return Sequence(sample.input_ids, sample.labels, () if image is None else (image,), sample=key)
+
+
+class SFTDataset:
+    """LLaVA's instruction JSON: a list of ``{"id", "image" (optional), "conversations" (or the older misspelt "conversatons")}``.
+
+    Args:
+        data: file or records. tokenizer, image_processor: the model's. image_folder: where `image` names start.
+        template: conversation template; ``v1_sq`` for self-questioning. sq_r: probability that a later question of a sample with image becomes a
+            target; drawn from (seed, epoch, sample id, turn), so anew in every epoch and the same after a resume.
+        max_length: rows a sample may take, image rows included (None: no limit). tokens_per_image: rows of one image.
+        on_bad_sample: ``"error"`` lists every bad record and stops; ``"skip"`` leaves them out, see `problems`.
+        group_by_image: an item is an image with all its samples, which then share its rows.
+
+    Raises:
+        DataError, FormatError.
+    """
+
+    def __init__(self, data: str | Path | Iterable[dict[str, Any]], tokenizer: Tokenizer, image_processor: ImageProcessor, *,
+                 image_folder: str | Path | None = None, template: str = "v1_sq", sq_r: float = 0.5, seed: int = 42,
+                 max_length: int | None = 2048, tokens_per_image: int, on_bad_sample: str = "error", group_by_image: bool = False) -> None:
+        self.tokenizer, self.template = tokenizer, as_template(template)
+        self.sq_r = sq_r if len(self.template.roles) > 2 else 0.0
+        self.seed, self.max_length, self.tokens_per_image = seed, max_length, tokens_per_image
+        self._pictures = Pictures(image_folder, image_processor)
+        self.records = read_records(data)
+        rows, self.problems = check_records(self.records, self._check, on_bad_sample, data if isinstance(data, (str, Path)) else "data")
+        self.items = _by_image(self.records, rows) if group_by_image else [[row] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def sequences(self, item: int, epoch: int) -> list[Sequence]:
+        return [sequence_of(self.sample(row, epoch), self.records[row].get("image"), row) for row in self.items[item]]
+
+    def pixels(self, key: str) -> np.ndarray:
+        return self._pictures(key)
+
+    def sample(self, row: int, epoch: int) -> Sample:
+        """The sample as epoch `epoch` sees it."""
+        record = self.records[row]
+        turns, has_image = _turns(record), record.get("image") is not None
+        switched = draw_switches(len(turns), self.sq_r, self.seed, epoch, record.get("id", row)) if has_image else set()
+        return build_sample(turns, self.template, self.tokenizer, has_image=has_image, switched=switched,
+                            max_length=text_budget(self.max_length, int(has_image), self.tokens_per_image))
+
+    def _check(self, row: int, record: dict[str, Any]) -> tuple[str, str] | None:
+        try:
+            if _turns(record) is None:
+                return "turns", f"key 'conversations' is missing, found {sorted(record)}"
+            sample = self.sample(row, 0)
+            if record.get("image") is not None:
+                self.pixels(record["image"])
+        except ConversationError as error:
+            return "conversation", str(error)
+        except ImageError as error:
+            return "image", str(error)
+        if IMAGE_TOKEN_INDEX not in sample.input_ids and record.get("image") is not None:
+            return "length", f"the {DEFAULT_IMAGE_TOKEN} marker lies behind max_length {self.max_length}"
+        if all(label == IGNORE_INDEX for label in sample.labels[1:]):
+            return "length", f"no target is left within max_length {self.max_length} ({sample.n_cut} ids were cut)"
+        return None
+
+
+def _turns(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+    return record.get("conversations", record.get("conversatons"))
+
+
+def _by_image(records: list[dict[str, Any]], rows: list[int]) -> list[list[int]]:
+    groups: dict[object, list[int]] = {}
+    for row in rows:
+        groups.setdefault(records[row].get("image", ("text", row)), []).append(row)
+    return list(groups.values())
+
+
+def summary(problems: list[Problem]) -> dict[str, int]:
+    """Number of records left out, by kind."""
+    counts: dict[str, int] = {}
+    for problem in problems:
+        counts[problem.kind] = counts.get(problem.kind, 0) + 1
+    return counts

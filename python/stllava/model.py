@@ -1,0 +1,307 @@
+"""LlavaModel: configuration, weights, adapters and trainable set around one core model.
+
+Everything that computes is in the core (:mod:`stllava_c`); this class knows names and files.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import stllava_c
+
+from .checkpoint import directory, names
+from .checkpoint.peft import LoraConfig
+from .config import LlavaConfig
+from .errors import ConfigError, FormatError
+from .images import ImageProcessor
+from .text.tokenizer import Tokenizer
+from .tree import Sequence, TreeBatch, build_trees
+
+if TYPE_CHECKING:
+    from .generation import Generation
+
+__all__ = ["LlavaModel", "DECODER_TARGETS", "TOWER_TARGETS"]
+
+DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOWER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+NUMPY_DTYPE = {"f32": np.float32, "f64": np.float64}
+
+
+class LlavaModel:
+    """A vision-language model, its tokenizer and its image preprocessing.
+
+    Args:
+        config: the model's configuration.
+        tensors: canonical name -> array; every tensor that can influence a result must be there.
+        dtype: ``"f32"``, or ``"f64"`` as the slow, exact check.
+        tokenizer, image_processor: may be None when only ids and pixels are used.
+
+    Raises:
+        FormatError: missing, surplus or misshapen tensors (all of them are named).
+    """
+
+    def __init__(self, config: LlavaConfig, tensors: Mapping[str, np.ndarray], *, dtype: str = "f32", tokenizer: Tokenizer | None = None,
+                 image_processor: ImageProcessor | None = None) -> None:
+        if dtype not in NUMPY_DTYPE:
+            raise ConfigError(f"dtype is {dtype!r}, supported: {', '.join(NUMPY_DTYPE)}", field="dtype")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.lora: dict[str, LoraConfig] = {}
+        self.adapters_enabled = True
+        self.core = stllava_c.Model(config.core_config(), dtype=dtype)
+        self._bind(tensors)
+        self.run = stllava_c.Run(self.core)
+
+    # ---- loading and saving ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None, *, dtype: str = "f32",
+                        vision_tower: str | os.PathLike[str] | None = None) -> Self:
+        """Reads a checkpoint directory: full (merged or sharded), or adapters on `model_base`.
+
+        Args:
+            path: the directory. model_base: the base an adapter directory belongs to.
+            vision_tower: the tower's directory, where the checkpoint does not hold the tower and names one that is not here.
+
+        Raises:
+            FormatError, ConfigError: naming file and key.
+        """
+        found = directory.read_checkpoint(path, model_base=model_base, vision_tower=vision_tower)
+        where = next((Path(p) for p in (path, model_base) if p is not None and (Path(p) / "tokenizer.model").exists()), None)
+        tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and (Path(p) / "preprocessor_config.json").exists()),
+                     None)
+        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else Tokenizer.from_pretrained(where),
+                    image_processor=cls._processor(found.config, tower))
+        for part, config in found.lora_configs.items():
+            model._attach(part, config, found.lora)
+        return model
+
+    @staticmethod
+    def _processor(config: LlavaConfig, tower: Path | None) -> ImageProcessor | None:
+        if config.vision is None:
+            return None
+        if tower is not None:
+            return ImageProcessor.from_pretrained(tower, aspect=config.image_aspect_ratio)
+        return ImageProcessor(size=config.vision.image_size, aspect=config.image_aspect_ratio)
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, adapters_only: bool | None = None, format: str = "safetensors",
+                        shard_size: int = 5 * 10**9) -> None:
+        """Writes a directory that `from_pretrained` reads back bit for bit.
+
+        Args:
+            adapters_only: adapters, projector and configuration (as LLaVA's LoRA training saves them), for use with the same base;
+                default: when the model has adapters. False merges nothing: it is refused while adapters are attached and not merged.
+            format: ``"safetensors"`` or ``"bin"`` (torch zip files). shard_size: bytes per file of a full checkpoint.
+
+        Raises:
+            OSError: unwritable directory. ValueError: a full checkpoint asked for with unmerged adapters.
+        """
+        if adapters_only is None:
+            adapters_only = bool(self.lora)
+        if adapters_only:
+            lora = self.lora_tensors()
+            directory.write_adapter(path, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
+                                    {n: t for n, t in lora.items() if names.is_tower(n)},
+                                    {n: t for n, t in self.tensors().items() if names.is_projector(n)}, self.lora, format=format)
+        else:
+            if self.lora:
+                raise ValueError("save_pretrained: the model has adapters; save them (adapters_only=True) or call merge_and_unload() first")
+            directory.write_full(path, self.config, self.tensors(), shard_size=shard_size, format=format)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(path)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(path)
+
+    def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
+        wanted = {info.name: info for info in self.core.tensors()}
+        problems = [f"{name}: not a tensor of this model" for name in tensors if name not in wanted]
+        for name, info in wanted.items():
+            if name not in tensors:
+                if not info.optional:
+                    problems.append(f"{name}: missing, want {tuple(info.shape)}")
+            elif tuple(tensors[name].shape) != tuple(info.shape):
+                problems.append(f"{name}: want {tuple(info.shape)}, found {tuple(tensors[name].shape)}")
+        if problems:
+            raise FormatError(f"{len(problems)} tensors do not fit the configuration:\n  " + "\n  ".join(problems[:20]))
+        for name, array in tensors.items():
+            self.core.bind(name, np.ascontiguousarray(array, NUMPY_DTYPE[self.dtype]))
+
+    # ---- tensors and what trains -------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> str:
+        return self.core.dtype
+
+    def named_parameters(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(canonical name, zero-copy array) of every bound tensor, adapters included. Views forbid moving what they look at."""
+        for info in self.core.tensors():
+            if info.bound:
+                yield info.name, self.core.tensor(info.name).numpy()
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Base tensors (no adapters), zero-copy."""
+        return {name: array for name, array in self.named_parameters() if ".lora_" not in name}
+
+    def lora_tensors(self) -> dict[str, np.ndarray]:
+        """Adapter tensors, zero-copy."""
+        return {name: array for name, array in self.named_parameters() if ".lora_" in name}
+
+    def set_trainable(self, wanted: Iterable[str]) -> None:
+        """These tensors train, in this order; all others are frozen. Optimiser state refers to this order."""
+        self.core.set_trainable(list(wanted))
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the training tensors, in the order of the flat buffer."""
+        infos = [info for info in self.core.tensors() if info.offset >= 0]
+        return [info.name for info in sorted(infos, key=lambda info: info.offset)]
+
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_lora(self, config: LoraConfig, part: str = "llm", *, all_layers: bool = False, seed: int = 0) -> list[str]:
+        """Puts fresh adapters (A Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)); B zero) on decoder (``"llm"``) or tower (``"vit"``).
+
+        Args:
+            config: rank, alpha, dropout, target module names (None: every linear of the part), patterns.
+            all_layers: also on tower layers behind the feature layer, which can never train (spec D2).
+            seed: of A's draws, together with the tensor's name.
+
+        Returns:
+            names of the new tensors.
+
+        Raises:
+            ConfigError: no module matches, or the part has adapters already.
+        """
+        modules = self._lora_modules(config, part)
+        if not all_layers:
+            influences = {info.name: info.influences for info in self.core.tensors()}
+            modules = [module for module in modules if influences[f"{module}.weight"]]
+        self._add(part, config, modules)
+        fresh = [f"{module}.lora_{side}.weight" for module in modules for side in "AB"]
+        infos = {info.name: info for info in self.core.tensors()}
+        for name in fresh:
+            array = np.zeros(infos[name].shape, NUMPY_DTYPE[self.dtype])
+            if ".lora_A." in name:
+                bound = 1 / math.sqrt(array.shape[1])
+                stllava_c.fill_uniform(array, -bound, bound, seed=seed, stream=zlib.crc32(name.encode()))
+            self.core.bind(name, array)
+        return fresh
+
+    def _attach(self, part: str, config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> None:
+        """Adapters read from files: modules are those the files hold."""
+        mine = {name: array for name, array in tensors.items() if names.is_tower(name) == (part == "vit")}
+        modules = sorted({name.rsplit(".lora_", 1)[0] for name in mine})
+        self._add(part, config, modules)
+        infos = {info.name: info for info in self.core.tensors()}
+        for name, array in mine.items():
+            if tuple(array.shape) != tuple(infos[name].shape):
+                raise FormatError(f"adapter tensor {name}: want {tuple(infos[name].shape)}, found {tuple(array.shape)}; "
+                                  "was it trained on another base?")
+            self.core.bind(name, np.ascontiguousarray(array, NUMPY_DTYPE[self.dtype]))
+
+    def _add(self, part: str, config: LoraConfig, modules: Seq[str]) -> None:
+        if part in self.lora:
+            raise ConfigError(f"the {part} part has adapters already; merge_and_unload() them first")
+        if not modules:
+            raise ConfigError(f"no linear module of the {part} part matches target_modules {sorted(config.target_modules or ())}")
+        run, self.run = self.run, None
+        del run  # adapters change the model's tables; runs made before are of no use
+        for module in modules:
+            self.core.add_lora(module, config.rank(module), config.scaling(module), config.lora_dropout)
+        self.run = stllava_c.Run(self.core)
+        self.lora[part] = config
+
+    def _lora_modules(self, config: LoraConfig, part: str) -> list[str]:
+        if part not in ("llm", "vit"):
+            raise ConfigError(f"part is {part!r}, supported: 'llm', 'vit'")
+        targets = tuple(config.target_modules or (DECODER_TARGETS if part == "llm" else TOWER_TARGETS))
+        return [m for m in self.core.linear_modules()
+                if names.is_tower(m) == (part == "vit") and not names.is_projector(m) and m.rsplit(".", 1)[1] in targets]
+
+    @contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """Inside the block the model computes without its adapters."""
+        before, self.adapters_enabled = self.adapters_enabled, False
+        try:
+            yield
+        finally:
+            self.adapters_enabled = before
+
+    def merge_lora(self) -> None:
+        """Computes with W + s B A, the base kept beside it; `unmerge_lora` is exact."""
+        self.core.merge_lora()
+
+    def unmerge_lora(self) -> None:
+        self.core.unmerge_lora()
+
+    def merge_and_unload(self) -> Self:
+        """A new model whose weights are the merged ones, without adapters."""
+        merged = dict(self.tensors())
+        for module in {name.rsplit(".lora_", 1)[0] for name in self.lora_tensors()}:
+            merged[f"{module}.weight"] = self.core.effective_weight(module).reshape(merged[f"{module}.weight"].shape)
+        return type(self)(self.config, merged, dtype=self.dtype, tokenizer=self.tokenizer, image_processor=self.image_processor)
+
+    # ---- computing ---------------------------------------------------------------------------------------------------
+
+    def pixels(self, images: Iterable[object]) -> np.ndarray:
+        """(n, 3, S, S) of the model's dtype from anything `ImageProcessor` takes, or from preprocessed (3, S, S) arrays."""
+        rows = []
+        for image in images:
+            if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim == 3 and image.shape[0] == 3:
+                rows.append(image)
+            elif self.image_processor is None:
+                raise ValueError("the model has no image processor; pass preprocessed (3, S, S) float arrays")
+            else:
+                rows.append(self.image_processor(image))
+        return np.ascontiguousarray(np.stack(rows), NUMPY_DTYPE[self.dtype])
+
+    def batch(self, sequences: Iterable[Sequence] | TreeBatch, *, share: bool = True) -> tuple[TreeBatch, stllava_c.Batch]:
+        """Packs sequences for this model."""
+        trees = sequences if isinstance(sequences, TreeBatch) else build_trees(sequences, share=share)
+        return trees, stllava_c.Batch(self.core, **trees.core_arguments())
+
+    def logps(self, sequences: Iterable[Sequence], pixels: Mapping[object, np.ndarray] | None = None, *, share: bool = True) -> np.ndarray:
+        """Summed log-probability of each sequence's targets, in input order, (n,) float64. pixels: image key -> (3, S, S)."""
+        trees, batch = self.batch(sequences, share=share)
+        values = self.run.forward(batch, pixels=self._stack(trees, pixels), adapters=self.adapters_enabled)
+        sums = np.array([values[a:b].sum() for a, b in zip(batch.sequence_begin[:-1], batch.sequence_begin[1:], strict=True)])
+        return sums[trees.order]
+
+    def logits(self, ids: Seq[int], images: Seq[np.ndarray] = ()) -> np.ndarray:
+        """(rows, vocab_size) next-token logits at every row of one sequence; an image stands on `tokens_per_image` rows."""
+        trees, batch = self.batch([Sequence(ids, None, tuple(range(len(images))))])
+        self.run.forward(batch, pixels=self.pixels(images) if images else None, adapters=self.adapters_enabled)
+        return self.run.logits(np.arange(batch.n_rows))
+
+    def _stack(self, trees: TreeBatch, pixels: Mapping[object, np.ndarray] | None) -> np.ndarray | None:
+        if not trees.image_keys:
+            return None
+        return np.ascontiguousarray(np.stack([pixels[key] for key in trees.image_keys]), NUMPY_DTYPE[self.dtype])
+
+    def encode_images(self, images: Iterable[object]) -> np.ndarray:
+        """Projected image features, (n, tokens_per_image, hidden_size)."""
+        pixels = self.pixels(images)
+        return self.run.encode(pixels, adapters=self.adapters_enabled).reshape(len(pixels), self.core.tokens_per_image, -1)
+
+    def score(self, prompt: str, answers: Seq[str], images: Seq[object] = ()) -> np.ndarray:
+        """Summed log-probability of each answer after the prompt, (len(answers),) float64; the prompt is computed once."""
+        from .generation import score
+        return score(self, prompt, answers, images)
+
+    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[object] | None = None, **options: object) -> list[list["Generation"]]:
+        """Continuations of each prompt: see :func:`stllava.generation.generate`."""
+        from .generation import generate
+        return generate(self, prompts, images, **options)
+
+    def chat(self, messages: Seq[Mapping[str, str]], images: Seq[object] = (), **options: object) -> str:
+        """The assistant's answer to a conversation: see :func:`stllava.generation.chat`."""
+        from .generation import chat
+        return chat(self, messages, images, **options)

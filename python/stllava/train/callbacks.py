@@ -1,0 +1,45 @@
+"""Hooks into the loop, with transformers' names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["TrainerCallback", "TrainerControl", "TrainerState"]
+
+
+@dataclass(slots=True)
+class TrainerState:
+    """Where the run is; saved as trainer_state.json."""
+
+    max_steps: int = 0
+    global_step: int = 0
+    epoch: float = 0.0
+    num_train_epochs: float = 0.0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    best_metric: float | None = None
+
+
+@dataclass(slots=True)
+class TrainerControl:
+    """What a callback may ask for; looked at after every update."""
+
+    should_training_stop: bool = False
+    should_save: bool = False
+    should_evaluate: bool = False
+
+
+class TrainerCallback:
+    """Override what you need. Every hook gets (args, state, control, **kwargs) with `model` and, where there is one, `logs` or `metrics`."""
+
+    def on_train_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
+
+    def on_log(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
+
+    def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
+
+    def on_save(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...
+
+    def on_train_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None: ...

@@ -1,0 +1,58 @@
+"""Proof that every trainable tensor really trains: it gets a gradient, and it moves. (The original's vision adapters never did: spec D1.)"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from stllava.errors import StllavaError
+from stllava.model import LlavaModel
+
+from .groups import ParameterGroups
+
+__all__ = ["TrainingGuard", "UntrainedError"]
+
+PATIENCE = 5  # updates within which a gradient must have come: an adapter's A has none until its B has moved
+
+
+class UntrainedError(StllavaError):
+    """A trainable tensor received no gradient, or did not move."""
+
+
+class TrainingGuard:
+    """Watches the first updates. Tensors no output depends on are not watched."""
+
+    def __init__(self, model: LlavaModel, groups: ParameterGroups, *, allow: bool) -> None:
+        infos = {info.name: info for info in model.core.tensors()}
+        self._model = model
+        self._allow = allow
+        self._where = {name: slice(infos[name].offset, infos[name].offset + infos[name].size)
+                       for name in groups.order if infos[name].influences}
+        self._silent = set(self._where)
+        theta = model.core.theta
+        flat = theta.numpy() if theta is not None else np.zeros(0)
+        self._before = {name: zlib.crc32(flat[where].tobytes()) for name, where in self._where.items()}
+
+    def after_backward(self, step: int, total: int) -> None:
+        """Looks at the gradients of update `step`; raises UntrainedError when patience is over."""
+        if not self._silent:
+            return
+        grad = self._model.core.grad.numpy()
+        self._silent = {name for name in self._silent if not grad[self._where[name]].any()}
+        if step + 1 == min(PATIENCE, total) and self._silent:
+            self._fail(sorted(self._silent), "received no gradient")
+
+    def at_end(self, updates: int) -> None:
+        """Looks whether every tensor moved. One update at rate 0 (the first of a warm-up) moves nothing, so two are needed."""
+        if updates < 2:
+            return
+        theta = self._model.core.theta.numpy()
+        still = [name for name, where in self._where.items() if zlib.crc32(theta[where].tobytes()) == self._before[name]]
+        if still:
+            self._fail(still, "did not move")
+
+    def _fail(self, names: list[str], what: str) -> None:
+        if not self._allow:
+            raise UntrainedError(f"{len(names)} trainable tensors {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}. "
+                                 "Freeze them, or set allow_untrained=True if the data cannot reach them.")

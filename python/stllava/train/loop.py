@@ -1,0 +1,218 @@
+"""The training loop: everything around an update. One loop for every objective."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tqdm import tqdm
+
+from stllava.checkpoint import atomic
+from stllava.errors import NumericsError
+from stllava.model import LlavaModel
+
+from .arguments import TrainingArguments
+from .callbacks import TrainerCallback, TrainerControl, TrainerState
+from .groups import default_trainable, parameter_groups
+from .guard import TrainingGuard
+from .plan import Plan
+from .state import find_checkpoint, resume_checkpoint, rotate, save_checkpoint
+from .update import Micro, Objective, Updater
+
+__all__ = ["Trainer", "TrainOutput"]
+
+
+@dataclass(slots=True)
+class TrainOutput:
+    """`metrics`: train_runtime (s), train_samples_per_second, train_steps_per_second, train_loss (mean over updates)."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains a model on a data set. Subclasses say what the loss is (`make_objective`).
+
+    Args:
+        model: adapters attached where wanted; `trainable` names what trains (default: every adapter and the projector, or all tensors
+            of a model without adapters).
+        args: settings; `train_dataset`, `eval_dataset`: what the objective asks for.
+        callbacks: `TrainerCallback`s.
+        compute_metrics: called with the trainer after each evaluation; its dictionary joins the logged one.
+
+    Raises:
+        ConfigError, NumericsError, UntrainedError (see `train.guard`), OSError (unwritable output directory), before anything is lost.
+    """
+
+    Config: ClassVar[type[TrainingArguments]] = TrainingArguments
+
+    def __init__(self, model: LlavaModel, args: TrainingArguments, train_dataset: Any, eval_dataset: Any = None, *,
+                 trainable: Seq[str] | None = None, callbacks: Seq[TrainerCallback] = (),
+                 compute_metrics: Callable[["Trainer"], dict[str, float]] | None = None) -> None:
+        if not isinstance(args, self.Config):
+            raise TypeError(f"{type(self).__name__} needs {self.Config.__name__}, got {type(args).__name__}")
+        self.model, self.args = model, args
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.callbacks = list(callbacks)
+        self.compute_metrics = compute_metrics
+        self.plan = Plan(len(train_dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_train_epochs,
+                         args.max_steps, args.seed if args.data_seed is None else args.data_seed, args.hf_compat, args.shuffle)
+        self.groups = parameter_groups(model, list(trainable) if trainable is not None else default_trainable(model), args)
+        if args.gradient_checkpointing:
+            core = model.config.core_config()
+            model.run.set_recompute(core["vision"]["n_layers"] if core["vision"] else 0, core["decoder"]["n_layers"])
+        self.objective: Objective = self.make_objective()
+        self.updater = Updater(model, self.groups, self.objective, args, self.plan.total_steps)
+        self.state = TrainerState(max_steps=self.plan.total_steps, num_train_epochs=args.num_train_epochs)
+        self.control = TrainerControl()
+
+    def make_objective(self) -> Objective:
+        raise NotImplementedError
+
+    def before_training(self) -> None:
+        """What an objective needs once, before the first update."""
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        args, state, started = self.args, self.state, time.monotonic()
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        guard = TrainingGuard(self.model, self.groups, allow=args.allow_untrained)
+        self.before_training()
+        resume = resume_from_checkpoint or args.resume_from_checkpoint
+        if resume:
+            state = self.state = resume_checkpoint(find_checkpoint(output_dir, resume), self.updater, self.plan)
+        log_file = output_dir / "log.jsonl"
+        atomic.write_bytes(log_file, "".join(json.dumps(row) + "\n" for row in state.log_history).encode())  # rows after the checkpoint go
+        first = state.global_step
+        self._call("on_train_begin")
+        window: list[dict[str, Any]] = []
+        losses: list[float] = []
+        n_items = 0
+        with tqdm(total=self.plan.total_steps, initial=first, disable=args.disable_tqdm, desc=type(self).__name__.removesuffix("Trainer"),
+                  unit="step", dynamic_ncols=True) as bar, open(log_file, "a", encoding="utf-8") as log:
+            for step, micros in self._updates(first):
+                entry = self._update(step, micros, guard)
+                n_items += sum(len(micro.items) for micro in micros)
+                state.global_step, state.epoch = step + 1, round(self.plan.epoch_of(step + 1), 4)
+                bar.update()
+                if entry is not None:
+                    window.append(entry)
+                    losses.append(entry["loss"])
+                    bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
+                if window and (state.global_step % args.logging_steps == 0 or state.global_step == self.plan.total_steps):
+                    self._log(window, log)
+                    window = []
+                self._after_step(log)
+                if self.control.should_training_stop:
+                    break
+        updates = self.updater.n_updates
+        if self.updater.groups.order:
+            guard.at_end(updates if first == 0 else 0)
+        self._call("on_train_end")
+        seconds = time.monotonic() - started
+        done = state.global_step - first
+        mean = sum(losses) / len(losses) if losses else float("nan")
+        return TrainOutput(state.global_step, mean, {
+            "train_runtime": seconds, "train_samples_per_second": n_items / seconds, "train_steps_per_second": done / seconds, "train_loss": mean})
+
+    def _updates(self, first: int) -> Iterator[tuple[int, list[Micro]]]:
+        """Micro-batches of every update, built ahead by threads (results do not depend on how many)."""
+        workers = self.args.dataloader_num_workers
+        steps = range(first, self.plan.total_steps)
+        if workers == 0:
+            for step in steps:
+                yield step, [self.objective.collate(self.train_dataset, items) for items in self.plan.update(step)]
+            return
+        with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
+            ahead: list[tuple[int, list[Future[Micro]]]] = []
+            try:
+                for step in steps:
+                    ahead.append((step, [pool.submit(self.objective.collate, self.train_dataset, items) for items in self.plan.update(step)]))
+                    if len(ahead) > 2:
+                        number, futures = ahead.pop(0)
+                        yield number, [future.result() for future in futures]
+                for number, futures in ahead:
+                    yield number, [future.result() for future in futures]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _update(self, step: int, micros: list[Micro], guard: TrainingGuard) -> dict[str, Any] | None:
+        """One update; None if it was skipped because a number was not finite."""
+        try:
+            entry = self.updater.gradients(step, micros)
+            guard.after_backward(step, self.plan.total_steps)
+            return {**entry, **self.updater.apply(step)}
+        except NumericsError:
+            if self.args.nan_policy == "stop":
+                raise
+            self.updater.n_skipped += 1
+            return None
+
+    def _log(self, window: list[dict[str, Any]], log: Any) -> None:
+        """Means over the window for numbers of the loss, the last value for rates."""
+        last = window[-1]
+        entry = {key: sum(row[key] for row in window) / len(window) for key in last
+                 if key not in ("micro_batch_losses", "lr_groups", "learning_rate")}
+        entry |= {"learning_rate": last["learning_rate"], "epoch": self.state.epoch, "step": self.state.global_step}
+        self._record(entry, log)
+        self._call("on_log", logs=entry)
+
+    def _record(self, entry: dict[str, Any], log: Any) -> None:
+        self.state.log_history.append(entry)
+        log.write(json.dumps(entry) + "\n")
+        log.flush()
+
+    def _after_step(self, log: Any) -> None:
+        args, state = self.args, self.state
+        self.control.should_save = _due(args.save_strategy, args.save_steps, state.global_step, self.plan.steps_per_epoch)
+        self.control.should_evaluate = self.eval_dataset is not None and _due(
+            args.eval_strategy, args.eval_steps or args.logging_steps, state.global_step, self.plan.steps_per_epoch)
+        self._call("on_step_end")
+        if self.control.should_evaluate:
+            metrics = self.evaluate()
+            self._record({**metrics, "epoch": state.epoch, "step": state.global_step}, log)
+        if self.control.should_save:
+            save_checkpoint(Path(args.output_dir), self.updater, state, self.plan)
+            rotate(Path(args.output_dir), args.save_total_limit)
+            self._call("on_save")
+
+    def _call(self, hook: str, **kwargs: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self.args, self.state, self.control, model=self.model, **kwargs)
+
+    # ---- evaluation and saving ---------------------------------------------------------------------------------------
+
+    def evaluate(self, dataset: Any = None) -> dict[str, float]:
+        """eval_loss and the objective's metrics (``eval_`` prefix), weighted over the data set; then `compute_metrics`."""
+        dataset = self.eval_dataset if dataset is None else dataset
+        total, weight, sums = 0.0, 0, {}
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(dataset), size):
+            items = [(item, 0) for item in range(start, min(start + size, len(dataset)))]
+            loss, n, values = self.objective.evaluate(self.objective.collate(dataset, items))
+            total, weight = total + loss, weight + n
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0.0) + n * value
+        metrics = {"eval_loss": total / weight, **{f"eval_{key}": value / weight for key, value in sums.items()}}
+        if self.compute_metrics is not None:
+            metrics.update(self.compute_metrics(self))
+        self._call("on_evaluate", metrics=metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """The model as `LlavaModel.save_pretrained` writes it."""
+        self.model.save_pretrained(output_dir or self.args.output_dir)
+
+
+def _due(strategy: str, every: int, step: int, steps_per_epoch: int) -> bool:
+    if strategy == "no":
+        return False
+    return step % (every if strategy == "steps" else steps_per_epoch) == 0

@@ -1,0 +1,100 @@
+"""Checkpoints of a run: complete or not there at all.
+
+    checkpoint-{step}/   the model as `save_pretrained` writes it (adapters, projector, tower adapters, configuration, tokenizer)
+                         trainer.safetensors   trainable tensors and both moments, by name: independent of how many processes saved them
+                         trainer_state.json    transformers' fields, and under "stllava" what resuming must agree with
+                         manifest.json         sha256 of every file, written last
+
+Updates are a function of (settings, step), so the data cursor is the step number and no generator state exists.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stllava.checkpoint import atomic, safetensors_file
+from stllava.errors import ConfigError, FormatError
+
+from .callbacks import TrainerState
+from .plan import Plan
+from .update import Updater
+
+__all__ = ["save_checkpoint", "resume_checkpoint", "find_checkpoint", "rotate"]
+
+STATE_FILE = "trainer_state.json"
+TENSOR_FILE = "trainer.safetensors"
+
+
+def save_checkpoint(directory: Path, updater: Updater, state: TrainerState, plan: Plan) -> Path:
+    """Writes checkpoint-{global_step} under `directory`; an older one of the same name is replaced only when the new one is complete."""
+    target = directory / f"checkpoint-{state.global_step}"
+    model = updater.model
+    infos = {info.name: info for info in model.core.tensors()}
+    theta = model.core.theta.numpy()
+    tensors: dict[str, np.ndarray] = {}
+    for name in updater.groups.order:
+        where = slice(infos[name].offset, infos[name].offset + infos[name].size)
+        for label, flat in (("param", theta), ("exp_avg", updater.exp_avg), ("exp_avg_sq", updater.exp_avg_sq)):
+            tensors[f"{label}.{name}"] = flat[where].reshape(infos[name].shape)
+    with atomic.atomic_directory(target) as temporary:
+        model.save_pretrained(temporary)
+        safetensors_file.write(temporary / TENSOR_FILE, tensors)
+        atomic.write_bytes(temporary / STATE_FILE, state_json(state, updater, plan).encode())
+    return target
+
+
+def state_json(state: TrainerState, updater: Updater, plan: Plan) -> str:
+    ours = {"plan": asdict(plan), "n_updates": updater.n_updates, "n_skipped": updater.n_skipped, "dtype": updater.model.dtype,
+            "trainable": updater.groups.order}
+    fields = {"best_metric": state.best_metric, "best_model_checkpoint": None, "epoch": state.epoch, "global_step": state.global_step,
+              "is_hyper_param_search": False, "is_local_process_zero": True, "is_world_process_zero": True, "log_history": state.log_history,
+              "max_steps": state.max_steps, "num_train_epochs": state.num_train_epochs, "total_flos": 0, "trial_name": None, "trial_params": None,
+              "stllava": ours}
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path:
+    """A path as given, or (True) the newest complete checkpoint of the output directory."""
+    if wanted is True:
+        newest = atomic.latest_complete(output_dir)
+        if newest is None:
+            raise FormatError(f"{output_dir}: resume_from_checkpoint=True, but there is no complete checkpoint-* here", path=output_dir)
+        return Path(newest)
+    return Path(wanted)
+
+
+def resume_checkpoint(path: Path, updater: Updater, plan: Plan) -> TrainerState:
+    """Puts weights, moments and counters back. Raises FormatError (damaged files) or ConfigError (another run's checkpoint)."""
+    atomic.verify(path)
+    fields: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+    ours = fields["stllava"]
+    for key, mine in (("plan", asdict(plan)), ("dtype", updater.model.dtype), ("trainable", updater.groups.order)):
+        if ours[key] != mine:
+            detail = "" if key == "trainable" else f": saved {ours[key]}, now {mine}"
+            raise ConfigError(f"{path}: {key} differs from this run's{detail}; resume with the settings the run was started with", field=key)
+    tensors = safetensors_file.read(path / TENSOR_FILE)
+    infos = {info.name: info for info in updater.model.core.tensors()}
+    theta = updater.model.core.theta.numpy()
+    for name in updater.groups.order:
+        where = slice(infos[name].offset, infos[name].offset + infos[name].size)
+        for label, flat in (("param", theta), ("exp_avg", updater.exp_avg), ("exp_avg_sq", updater.exp_avg_sq)):
+            flat[where] = np.asarray(tensors[f"{label}.{name}"]).reshape(-1)
+    updater.n_updates, updater.n_skipped = ours["n_updates"], ours["n_skipped"]
+    return TrainerState(max_steps=fields["max_steps"], global_step=fields["global_step"], epoch=fields["epoch"],
+                        num_train_epochs=fields["num_train_epochs"], log_history=fields["log_history"], best_metric=fields["best_metric"])
+
+
+def rotate(output_dir: Path, keep: int | None) -> None:
+    """Deletes the oldest checkpoints beyond `keep`."""
+    if keep is None:
+        return
+    found = sorted((p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()),
+                   key=lambda p: int(p.name.split("-")[1]))
+    for old in found[:-keep]:
+        shutil.rmtree(old)

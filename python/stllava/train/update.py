@@ -1,0 +1,89 @@
+"""One optimiser update: micro-batches in, gradients added up, clipped, AdamW over the flat buffer, numbers out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import stllava_c
+
+from stllava.errors import NumericsError
+from stllava.model import NUMPY_DTYPE, LlavaModel
+from stllava.tree import TreeBatch
+
+from .arguments import TrainingArguments
+from .groups import ParameterGroups
+
+__all__ = ["Micro", "Objective", "Updater"]
+
+
+@dataclass(slots=True)
+class Micro:
+    """A micro-batch ready for the core. `items`: (item, epoch) of its samples, for messages."""
+
+    trees: TreeBatch
+    batch: stllava_c.Batch
+    pixels: np.ndarray | None
+    items: list[tuple[int, int]]
+    dataset: Any
+
+
+class Objective(Protocol):
+    """A loss: SFT or a preference loss."""
+
+    def collate(self, dataset: Any, items: list[tuple[int, int]]) -> Micro: ...
+
+    def step(self, micro: Micro, update: list[Micro], step: int) -> dict[str, float]:
+        """Forward, loss and backward of one micro-batch of `update`; gradients add. Returns at least ``loss``."""
+
+    def combine(self, metrics: list[dict[str, float]]) -> dict[str, float]:
+        """The update's numbers from those of its micro-batches."""
+
+    def evaluate(self, micro: Micro) -> tuple[float, int, dict[str, float]]:
+        """Summed loss, its weight, and further numbers averaged over that weight."""
+
+
+class Updater:
+    """Owns the optimiser state: two moments per trainable element."""
+
+    def __init__(self, model: LlavaModel, groups: ParameterGroups, objective: Objective, args: TrainingArguments, total_steps: int) -> None:
+        self.model, self.groups, self.objective, self.args = model, groups, objective, args
+        self.total_steps = total_steps
+        self.warmup_steps = args.warmup_steps or math.ceil(total_steps * args.warmup_ratio)
+        self.exp_avg = np.zeros(model.core.n_trainable, NUMPY_DTYPE[model.dtype])
+        self.exp_avg_sq = np.zeros_like(self.exp_avg)
+        self.n_updates = 0  # that reached the optimiser: AdamW's t
+        self.n_skipped = 0
+
+    def multiplier(self, step: int) -> float:
+        """The schedule at update `step`; the first update of a warm-up has rate 0, as in transformers."""
+        kind = self.args.lr_scheduler_type
+        warmup = 0 if kind == "constant" else self.warmup_steps
+        return stllava_c.schedule(kind.removesuffix("_with_warmup"), step, warmup, self.total_steps, floor=self.args.min_lr_ratio)
+
+    def gradients(self, step: int, micros: list[Micro]) -> dict[str, Any]:
+        """Forward and backward of every micro-batch; the model's gradient buffer then holds the update's gradient."""
+        self.model.core.zero_grad()
+        metrics = []
+        for micro in micros:
+            try:
+                metrics.append(self.objective.step(micro, micros, step))
+            except stllava_c.NumericError as error:
+                raise NumericsError(f"update {step}: {error}; samples of the micro-batch: {[i for i, _ in micro.items]}") from error
+        return {"micro_batch_losses": [m["loss"] for m in metrics], **self.objective.combine(metrics)}
+
+    def apply(self, step: int) -> dict[str, Any]:
+        """Clips and steps. A gradient that is not finite raises NumericsError and changes nothing."""
+        multiplier = self.multiplier(step)
+        ranges = self.groups.ranges(multiplier)
+        norm = stllava_c.grad_norm(self.model.core, ranges)
+        if not math.isfinite(norm):
+            raise NumericsError(f"update {step}: the gradient's norm is {norm}")
+        clip = min(1.0, self.args.max_grad_norm / (norm + 1e-6)) if self.args.max_grad_norm > 0 else 1.0
+        self.n_updates += 1
+        stllava_c.adamw_step(self.model.core, self.exp_avg, self.exp_avg_sq, ranges, beta1=self.args.adam_beta1, beta2=self.args.adam_beta2,
+                             eps=self.args.adam_epsilon, step=self.n_updates, grad_scale=clip)
+        return {"grad_norm": norm, "learning_rate": self.groups.base_lr[0] * multiplier,
+                "lr_groups": [lr * multiplier for lr in self.groups.base_lr]}
