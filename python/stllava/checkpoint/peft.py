@@ -78,10 +78,10 @@ class LoraConfig:
         if self.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
             raise ConfigError(f"LoRA: init_lora_weights is {self.init_lora_weights!r}, which also changes the base weights (PiSSA, "
                               "OLoRA, CorDA, LoftQ); convert the adapter to plain LoRA with PEFT first", field="init_lora_weights")
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            if _MODULE_PATTERN.fullmatch(key) is None:
-                raise ConfigError(f"LoRA: pattern {key!r} is not a plain module name; general regular expressions are not run",
-                                  field="rank_pattern")
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if bad := [key for key in pattern if _MODULE_PATTERN.fullmatch(key) is None]:
+                raise ConfigError(f"LoRA: {name} has the key {bad[0]!r}, want a plain module name: regular expressions from files "
+                                  "are not run", field=name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
