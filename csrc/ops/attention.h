@@ -15,6 +15,9 @@
 
 #include <stdbool.h>
 
+#define stv_attention_forward STV_TYPED(stv_attention_forward)
+#define stv_attention_backward STV_TYPED(stv_attention_backward)
+
 typedef struct stv_span {
     int64_t row, count; /* keys and values of rows [row, row+count) */
 } stv_span;
@@ -49,7 +52,5 @@ typedef struct stv_attn_saved {
 /* dq overwritten on the plan's query rows; dk, dv (all `n_key_rows` rows) overwritten: sums over every segment that saw the key. */
 void stv_attention_backward(stv_exec *x, real *dq, real *dk, real *dv, const real *dout, const stv_attn_saved *saved,
                             const stv_attn_plan *plan, stv_attn_shape shape, int64_t n_key_rows);
-#define stv_attention_forward STV_TYPED(stv_attention_forward)
-#define stv_attention_backward STV_TYPED(stv_attention_backward)
 
 #endif

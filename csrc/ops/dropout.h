@@ -9,6 +9,8 @@
 #include "base/exec.h"
 #include "tensor/real.h"
 
+#define stv_dropout_apply STV_TYPED(stv_dropout_apply)
+
 /* Borrowed for the length of a forward or backward call; NULL in place of the struct means: no dropout now (evaluation). */
 typedef struct stv_dropout {
     uint64_t seed, step;
@@ -19,6 +21,5 @@ typedef struct stv_dropout {
 /* y (rows,n) = in * keep / (1-p), 0 <= p < 1; y may be in. The same call applied to a gradient is its own backward. */
 void stv_dropout_apply(stv_exec *x, real *y, const real *in, int64_t rows, int64_t n, float p, uint32_t module_id,
                        const stv_dropout *drop);
-#define stv_dropout_apply STV_TYPED(stv_dropout_apply)
 
 #endif

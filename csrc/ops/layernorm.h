@@ -6,6 +6,9 @@
 #include "base/exec.h"
 #include "tensor/real.h"
 
+#define stv_layernorm_forward STV_TYPED(stv_layernorm_forward)
+#define stv_layernorm_backward_add STV_TYPED(stv_layernorm_backward_add)
+
 typedef struct stv_norm {
     const real *weight, *bias; /* (D) */
     real *dweight, *dbias;     /* (D), added to; NULL when frozen */
@@ -17,7 +20,5 @@ void stv_layernorm_forward(stv_exec *x, real *y, real *stats, const real *in, co
 /* din (rows,D) is added to (residual stream). */
 void stv_layernorm_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *stats, const stv_norm *norm,
                                 int64_t rows, int64_t D);
-#define stv_layernorm_forward STV_TYPED(stv_layernorm_forward)
-#define stv_layernorm_backward_add STV_TYPED(stv_layernorm_backward_add)
 
 #endif

@@ -7,6 +7,11 @@
 
 #include "ops/dropout.h"
 
+#define stv_linear_forward STV_TYPED(stv_linear_forward)
+#define stv_linear_backward STV_TYPED(stv_linear_backward)
+#define stv_linear_backward_add STV_TYPED(stv_linear_backward_add)
+#define stv_linear_merge STV_TYPED(stv_linear_merge)
+
 typedef struct stv_lora {
     const real *a;      /* (r,K) */
     const real *b;      /* (N,r) */
@@ -38,10 +43,5 @@ void stv_linear_backward_add(stv_exec *x, real *din, const real *dy, const real 
 
 /* merged (N,K) = weight + s B A. */
 void stv_linear_merge(stv_exec *x, real *merged, const stv_linear *lin);
-
-#define stv_linear_forward STV_TYPED(stv_linear_forward)
-#define stv_linear_backward STV_TYPED(stv_linear_backward)
-#define stv_linear_backward_add STV_TYPED(stv_linear_backward_add)
-#define stv_linear_merge STV_TYPED(stv_linear_merge)
 
 #endif

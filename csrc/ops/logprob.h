@@ -10,6 +10,10 @@
 #include "base/exec.h"
 #include "tensor/real.h"
 
+#define stv_logprob_forward STV_TYPED(stv_logprob_forward)
+#define stv_logprob_backward STV_TYPED(stv_logprob_backward)
+#define stv_mean_logit STV_TYPED(stv_mean_logit)
+
 /* Targets grouped by hidden row: row i carries targets order[row_begin[i] .. row_begin[i+1]). Borrowed. */
 typedef struct stv_targets {
     int64_t n_rows, n_targets;
@@ -30,9 +34,5 @@ void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dl
 
 /* mean_logit[i] = h[i] . mean_row(W): the mean over the vocabulary of row i's logits, for logging. */
 void stv_mean_logit(stv_exec *x, double *mean_logit, const real *h, const real *w, int64_t n_rows, int64_t D, int64_t V);
-
-#define stv_logprob_forward STV_TYPED(stv_logprob_forward)
-#define stv_logprob_backward STV_TYPED(stv_logprob_backward)
-#define stv_mean_logit STV_TYPED(stv_mean_logit)
 
 #endif

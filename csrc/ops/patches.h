@@ -5,6 +5,10 @@
 #include "base/exec.h"
 #include "tensor/real.h"
 
+#define stv_patchify STV_TYPED(stv_patchify)
+#define stv_class_token_forward STV_TYPED(stv_class_token_forward)
+#define stv_class_token_backward STV_TYPED(stv_class_token_backward)
+
 /* patches (n*T, 3*P*P), T = (size/P)^2 in raster order, each row in (channel, y, x) order: a patch convolution is then a matrix product
  * with its weight seen as (D, 3*P*P). pixels (n,3,size,size). */
 void stv_patchify(stv_exec *x, real *patches, const real *pixels, int64_t n_images, int64_t size, int64_t patch);
@@ -18,8 +22,5 @@ typedef struct stv_class_token_grads {
     real *dpositions;       /* (T+1,D) added to; NULL when frozen */
 } stv_class_token_grads;
 void stv_class_token_backward(stv_exec *x, stv_class_token_grads grads, const real *dout, int64_t n_images, int64_t T, int64_t D);
-#define stv_patchify STV_TYPED(stv_patchify)
-#define stv_class_token_forward STV_TYPED(stv_class_token_forward)
-#define stv_class_token_backward STV_TYPED(stv_class_token_backward)
 
 #endif

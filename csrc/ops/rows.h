@@ -7,6 +7,15 @@
 
 #include <stdbool.h>
 
+#define stv_zero STV_TYPED(stv_zero)
+#define stv_copy STV_TYPED(stv_copy)
+#define stv_add STV_TYPED(stv_add)
+#define stv_gather_rows STV_TYPED(stv_gather_rows)
+#define stv_scatter_add_rows STV_TYPED(stv_scatter_add_rows)
+#define stv_all_finite STV_TYPED(stv_all_finite)
+#define stv_splice_forward STV_TYPED(stv_splice_forward)
+#define stv_splice_backward STV_TYPED(stv_splice_backward)
+
 void stv_zero(stv_exec *x, real *y, int64_t n);
 void stv_copy(stv_exec *x, real *y, const real *in, int64_t n);
 /* y = a + b; y may be a or b. */
@@ -24,13 +33,5 @@ void stv_splice_forward(stv_exec *x, real *y, const real *table, const real *fea
 /* dtable and dfeatures are added to, in row order; either may be NULL. */
 void stv_splice_backward(stv_exec *x, real *dtable, real *dfeatures, const real *dy, const int32_t *token, const int64_t *feature,
                          int64_t rows, int64_t D);
-#define stv_zero STV_TYPED(stv_zero)
-#define stv_copy STV_TYPED(stv_copy)
-#define stv_add STV_TYPED(stv_add)
-#define stv_gather_rows STV_TYPED(stv_gather_rows)
-#define stv_scatter_add_rows STV_TYPED(stv_scatter_add_rows)
-#define stv_all_finite STV_TYPED(stv_all_finite)
-#define stv_splice_forward STV_TYPED(stv_splice_forward)
-#define stv_splice_backward STV_TYPED(stv_splice_backward)
 
 #endif
