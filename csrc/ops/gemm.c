@@ -1,0 +1,203 @@
+/* gemm.c - one driver for every matrix product.
+ *
+ *   y is cut into blocks, one task each. A task, for one K block after another:
+ *     packs its columns of b into panels as wide as the register tile      (at most B_BLOCK_BYTES a row: stays in L2)
+ *     for every few rows: copies those rows of a (L1), runs the tile along the panels
+ *
+ * Packing is also where the three products (nt, nn, tn) become one: a operand comes as it lies, or transposed.
+ *
+ * Batch invariance is built in, not arranged: an output is a chain of FMAs over k in order, K block by K block, whatever M, the tile or the block
+ * (gemm_kernel.h). Edges run on the same tile with fewer rows, or with zero columns that are not stored.
+ */
+#define STV_REAL_BITS 32 /* gemm.h names both precisions; this file is compiled once and uses neither "real" */
+#include "ops/gemm.h"
+
+#include "base/cpu.h"
+#include "ops/gemm_kernel.h"
+
+#include <string.h>
+
+#define B_BLOCK_BYTES 1024 /* 256 columns of floats: with K_BLOCK rows, 256 KB of the L2 cache */
+#define SMALL_FLOP 200000  /* below, waking a thread costs more than it brings */
+#define BLOCKS_PER_THREAD 2
+
+/* ---- kernels ------------------------------------------------------------------------------------------------------------- */
+
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef double f64x2 __attribute__((vector_size(16)));
+
+#define KERNEL stv_gemm_portable_f32
+#define REAL float
+#define VEC f32x4
+#define VEC_LANES 4
+#define TILE_ROWS 6
+#define SPLAT(s) ((f32x4){(s), (s), (s), (s)})
+#define FMA(a, b, c) ((a) * (b) + (c))
+#include "ops/gemm_kernel.h"
+
+#define KERNEL stv_gemm_portable_f64
+#define REAL double
+#define VEC f64x2
+#define VEC_LANES 2
+#define TILE_ROWS 6
+#define SPLAT(s) ((f64x2){(s), (s)})
+#define FMA(a, b, c) ((a) * (b) + (c))
+#include "ops/gemm_kernel.h"
+
+static const stv_gemm_kernel *choose_kernel(stv_dtype dtype)
+{
+#if defined(__x86_64__)
+    static const stv_gemm_kernel *const table[3][2] = {
+        [STV_CPU_PORTABLE] = {&stv_gemm_portable_f32, &stv_gemm_portable_f64},
+        [STV_CPU_AVX2] = {&stv_gemm_avx2_f32, &stv_gemm_avx2_f64},
+        [STV_CPU_AVX512] = {&stv_gemm_avx512_f32, &stv_gemm_avx512_f64},
+    };
+    return table[stv_cpu()][dtype];
+#else
+    return dtype == STV_DTYPE_F32 ? &stv_gemm_portable_f32 : &stv_gemm_portable_f64;
+#endif
+}
+
+/* ---- driver -------------------------------------------------------------------------------------------------------------- */
+
+typedef struct operand {
+    const char *data;
+    bool transposed; /* a: (K,M) in place of (M,K); b: (N,K) in place of (K,N) */
+} operand;
+
+typedef struct product {
+    const stv_gemm_kernel *kernel;
+    char *y;
+    operand a, b;
+    int64_t M, N, K;
+    bool add;
+    int64_t n_m_blocks, n_n_blocks, n_block; /* blocks of y; columns of a block, a multiple of the tile */
+    char *scratch;                           /* (n workers) x (packed rows of a, panels of b) */
+    size_t a_bytes, worker_bytes;
+} product;
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* panel (depth, n_cols) = columns j0.. of b, rows k0..; columns beyond `cols` zero. */
+static void pack_b(const product *p, char *panel, int64_t j0, int64_t cols, int64_t k0, int64_t depth)
+{
+    int64_t size = p->kernel->size_bytes, width = p->kernel->n_cols;
+    if (cols < width) memset(panel, 0, (size_t)(depth * width * size));
+    if (p->b.transposed) {
+        p->kernel->transpose(panel, width, p->b.data + (j0 * p->K + k0) * size, p->K, cols, depth);
+        return;
+    }
+    for (int64_t k = 0; k < depth; k++) memcpy(panel + k * width * size, p->b.data + ((k0 + k) * p->N + j0) * size, (size_t)(cols * size));
+}
+
+static void pack_a(const product *p, char *rows_of_a, int64_t i0, int64_t rows, int64_t k0, int64_t depth)
+{
+    int64_t size = p->kernel->size_bytes;
+    if (p->a.transposed) {
+        p->kernel->transpose(rows_of_a, STV_GEMM_A_STRIDE, p->a.data + (k0 * p->M + i0) * size, p->M, depth, rows);
+        return;
+    }
+    for (int64_t i = 0; i < rows; i++)
+        memcpy(rows_of_a + i * STV_GEMM_A_STRIDE * size, p->a.data + ((i0 + i) * p->K + k0) * size, (size_t)(depth * size));
+}
+
+static void compute_block(void *arg, int64_t i_task, int i_worker)
+{
+    const product *p = arg;
+    const stv_gemm_kernel *kernel = p->kernel;
+    int64_t size = kernel->size_bytes, width = kernel->n_cols;
+    int64_t i_m = i_task / p->n_n_blocks, i_n = i_task % p->n_n_blocks;
+    int64_t m_begin = p->M * i_m / p->n_m_blocks, m_end = p->M * (i_m + 1) / p->n_m_blocks;
+    int64_t n_begin = p->n_block * i_n, n_end = min64(n_begin + p->n_block, p->N);
+    int64_t n_strips = ceil_div(m_end - m_begin, kernel->n_rows);
+    char *rows_of_a = p->scratch + (size_t)i_worker * p->worker_bytes, *panels = rows_of_a + p->a_bytes;
+
+    for (int64_t k = 0; k < p->K; k += STV_GEMM_K_BLOCK) {
+        int64_t depth = min64(STV_GEMM_K_BLOCK, p->K - k), panel_bytes = depth * width * size;
+        bool add = p->add || k > 0;
+        for (int64_t j = n_begin; j < n_end; j += width) pack_b(p, panels + (j - n_begin) / width * panel_bytes, j, min64(width, n_end - j), k, depth);
+        /* Strips of equal height, because a tile of few rows does not keep the FMA units busy. */
+        for (int64_t i_strip = 0; i_strip < n_strips; i_strip++) {
+            int64_t i = m_begin + (m_end - m_begin) * i_strip / n_strips;
+            int64_t rows = m_begin + (m_end - m_begin) * (i_strip + 1) / n_strips - i;
+            pack_a(p, rows_of_a, i, rows, k, depth);
+            for (int64_t j = n_begin; j < n_end; j += width)
+                kernel->tile(p->y + (i * p->N + j) * size, p->N, rows_of_a, panels + (j - n_begin) / width * panel_bytes, rows,
+                             min64(width, n_end - j), depth, add);
+        }
+    }
+}
+
+/* How y is cut decides the speed only. Columns first: cutting rows makes every row block pack b again. */
+static void plan_blocks(product *p, int n_threads)
+{
+    const stv_gemm_kernel *kernel = p->kernel;
+    int64_t widest = B_BLOCK_BYTES / kernel->size_bytes, n_blocks = n_threads > 1 ? (int64_t)n_threads * BLOCKS_PER_THREAD : 1;
+    if (2.0 * (double)p->M * (double)p->N * (double)p->K < SMALL_FLOP) n_blocks = 1;
+    p->n_m_blocks = 1;
+    p->n_n_blocks = ceil_div(p->N, widest);
+    if (p->n_n_blocks < n_blocks) p->n_m_blocks = min64(ceil_div(n_blocks, p->n_n_blocks), max64(p->M / (4 * kernel->n_rows), 1));
+    if (p->n_m_blocks * p->n_n_blocks < n_blocks)
+        p->n_n_blocks = max64(min64(ceil_div(n_blocks, p->n_m_blocks), p->N / (2 * kernel->n_cols)), p->n_n_blocks);
+    p->n_block = ceil_div(ceil_div(p->N, p->n_n_blocks), kernel->n_cols) * kernel->n_cols;
+    p->n_n_blocks = ceil_div(p->N, p->n_block);
+}
+
+static void multiply(stv_exec *x, stv_dtype dtype, void *y, operand a, operand b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    if (M <= 0 || N <= 0) return;
+    product p = {.kernel = choose_kernel(dtype), .y = y, .a = a, .b = b, .M = M, .N = N, .K = K, .add = add};
+    int n_threads = stv_pool_n_threads(x->pool);
+    plan_blocks(&p, n_threads);
+    int64_t n_tasks = p.n_m_blocks * p.n_n_blocks, size = p.kernel->size_bytes;
+    p.a_bytes = (size_t)(p.kernel->n_rows * STV_GEMM_A_STRIDE * size);
+    p.worker_bytes = p.a_bytes + (size_t)(p.n_block * min64(K, STV_GEMM_K_BLOCK) * size);
+
+    size_t mark = stv_arena_mark(x->arena);
+    p.scratch = stv_arena_alloc(x->arena, (n_tasks > 1 ? (size_t)n_threads : 1) * p.worker_bytes);
+    if (!stv_measuring(x)) {
+        if (K > 0) stv_pool_run(x->pool, n_tasks, compute_block, &p);
+        else if (!add) memset(y, 0, (size_t)(M * N * size));
+    }
+    stv_arena_release(x->arena, mark);
+}
+
+/* ---- the six products ---------------------------------------------------------------------------------------------------- */
+
+static operand as_is(const void *data) { return (operand){data, false}; }
+
+static operand transposed(const void *data) { return (operand){data, true}; }
+
+void stv_matmul_nt_f32(stv_exec *x, float *y, const float *a, const float *w, int64_t M, int64_t N, int64_t K, bool add)
+{
+    multiply(x, STV_DTYPE_F32, y, as_is(a), transposed(w), M, N, K, add);
+}
+
+void stv_matmul_nt_f64(stv_exec *x, double *y, const double *a, const double *w, int64_t M, int64_t N, int64_t K, bool add)
+{
+    multiply(x, STV_DTYPE_F64, y, as_is(a), transposed(w), M, N, K, add);
+}
+
+void stv_matmul_nn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    multiply(x, STV_DTYPE_F32, y, as_is(a), as_is(b), M, N, K, add);
+}
+
+void stv_matmul_nn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    multiply(x, STV_DTYPE_F64, y, as_is(a), as_is(b), M, N, K, add);
+}
+
+void stv_matmul_tn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    multiply(x, STV_DTYPE_F32, y, transposed(a), as_is(b), M, N, K, add);
+}
+
+void stv_matmul_tn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    multiply(x, STV_DTYPE_F64, y, transposed(a), as_is(b), M, N, K, add);
+}
