@@ -141,6 +141,13 @@ def test_existing_directory_keeps_what_is_not_ours(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_damaged_old_manifest_does_not_stop_a_save(tmp_path: Path) -> None:
+    save(tmp_path / "out", "old")
+    (tmp_path / "out" / "manifest.json").write_text("{")
+    save(tmp_path / "out", "new")
+    atomic.verify(tmp_path / "out")
+
+
 @pytest.mark.parametrize("fault", [Killed, lambda: OSError(errno.EIO, "Input/output error")])
 def test_fault_at_every_call_leaves_a_complete_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                           fault: Callable[[], Exception]) -> None:

@@ -78,6 +78,18 @@ def test_written_layout_is_what_torch_asks_for(tmp_path: Path) -> None:
         assert all(offset % 64 == 0 for offset in offsets)
 
 
+def test_storages_beyond_the_zip_limit_stay_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 2 GiB on an entry needs zip64 fields, which lengthen its header; here the limit is 1000 bytes."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    tensors = {"large": np.arange(3000, dtype=np.float32), "small": np.arange(5.0)}
+    torch_zip.save(tmp_path / "x.bin", tensors)
+    file = torch_zip.load(tmp_path / "x.bin")
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(file[name], array)
+    data = (tmp_path / "x.bin").read_bytes()
+    assert data.index(tensors["large"].tobytes()) % 64 == 0 and data.index(tensors["small"].tobytes()) % 64 == 0
+
+
 def test_strided_views_and_shared_storage(tmp_path: Path) -> None:
     path = archive(tmp_path / "x.bin", tensor_pickle(size=(2, 2), stride=(1, 2)), FOUR)
     np.testing.assert_array_equal(torch_zip.load(path)["w"], [[0, 2], [1, 3]])

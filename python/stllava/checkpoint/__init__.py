@@ -3,7 +3,8 @@
     atomic            every write: temporary name, fsync, rename; directories with a manifest of hashes
     strict_json       JSON without duplicate keys, NaN or surprises in size
     tensor_file       dtypes, limits, the mapping name -> array that all readers return
-    safetensors_file  one .safetensors file        torch_zip  one torch .bin file, no pickle is ever executed
+    safetensors_file  one .safetensors file
+    torch_zip         one torch .bin file; torch_pickle reads the pickle inside it without ever running it
     index             one file or many shards with an index
     peft              LoRA adapters as PEFT writes them
     names             canonical tensor names, their shapes, and the names each file form uses

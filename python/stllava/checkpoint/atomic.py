@@ -92,9 +92,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary directory; when the block ends its files are published under `path` with a manifest.
 
-    If `path` does not exist, publishing is one rename. If it does (an output directory that also holds checkpoint-*),
-    its old manifest is removed first, the files move in one by one, files that only the old manifest lists are removed,
-    and the new manifest comes last: a directory caught in between does not verify. On an exception nothing changes.
+    If `path` does not exist, publishing is one rename. If it does (an output directory that also holds checkpoint-*), the
+    files move in one by one, files that only the old manifest lists are removed, and the new manifest comes last: caught in
+    between, the old manifest's hashes do not fit and the directory does not verify. An exception in the block changes nothing.
     """
     path = Path(path)
     temporary = _partial(path)
@@ -134,11 +134,10 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _move_into(source: Path, target: Path, files: list[str]) -> None:
-    old_files: set[str] = set()
-    if (target / MANIFEST).exists():
+    try:
         old_files = set(read_manifest(target))
-        os.unlink(target / MANIFEST)
-        _fsync_directory(target)
+    except FormatError:  # none, or not one of ours: nothing there is known to be left over
+        old_files = set()
     for name in files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / name, target / name)
