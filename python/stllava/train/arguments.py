@@ -106,7 +106,8 @@ class DPOConfig(TrainingArguments):
     """Stage 2 (trl.DPOConfig's names).
 
     `loss_type` may be a mixture with `loss_weights`. `ref_image_features`: ``"initial"`` = the reference is entirely frozen; ``"policy"`` = as the
-    original wrote it, the frozen language model reads the policy's image features (spec D3).
+    original wrote it, the frozen language model reads the policy's image features (spec D3). `ref_adapters` False: the reference is
+    the base without adapters, whatever they were at the start.
     """
 
     beta: float = 0.1
@@ -119,6 +120,7 @@ class DPOConfig(TrainingArguments):
     reference_free: bool = False
     precompute_ref_log_probs: bool = False
     ref_image_features: str = "initial"
+    ref_adapters: bool = True
     disable_dropout: bool = True
     learning_rate: float = 5e-6
     loss_types: tuple[str, ...] = field(init=False)

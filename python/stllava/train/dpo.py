@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,8 +28,38 @@ class PairDataset(Protocol):
     def pixels(self, key: object) -> np.ndarray: ...
 
 
+@dataclass(frozen=True, slots=True)
+class PairNumbers:
+    """What one micro-batch gave, (n_pairs,) each but for the loss."""
+
+    loss: float
+    losses: np.ndarray
+    policy_chosen: np.ndarray
+    policy_rejected: np.ndarray
+    reference_chosen: np.ndarray
+    reference_rejected: np.ndarray
+    chosen_rewards: np.ndarray
+    rejected_rewards: np.ndarray
+    chosen_logits: np.ndarray
+    rejected_logits: np.ndarray
+    dchosen: np.ndarray
+    drejected: np.ndarray
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means under TRL's names and, where they differ, the original's (`policy_logps`, and `referece_logps` as it is spelt there)."""
+        values = {
+            "loss": self.loss, "rewards/chosen": self.chosen_rewards, "rewards/rejected": self.rejected_rewards,
+            "rewards/accuracies": self.chosen_rewards > self.rejected_rewards, "rewards/margins": self.chosen_rewards - self.rejected_rewards,
+            "logps/chosen": self.policy_chosen, "logps/rejected": self.policy_rejected,
+            "policy_logps/chosen": self.policy_chosen, "policy_logps/rejected": self.policy_rejected,
+            "referece_logps/chosen": self.reference_chosen, "referece_logps/rejected": self.reference_rejected,
+            "logits/chosen": self.chosen_logits, "logits/rejected": self.rejected_logits}
+        return {key: float(np.mean(value)) for key, value in values.items()}
+
+
 class DPOObjective:
-    """Loss per pair from sequence log-probs; metrics under TRL's names and, where they differ, the original's (`policy_logps`, `referece_logps`)."""
+    """Loss per pair from sequence log-probs. The model as it is now, adapters and projector included, becomes the reference."""
 
     def __init__(self, model: LlavaModel, args: DPOConfig) -> None:
         self.model, self.args = model, args
@@ -51,56 +82,53 @@ class DPOObjective:
         self.precomputed = (dataset, values)
 
     def step(self, micro: Micro, update: list[Micro], step: int) -> dict[str, float]:
-        values, dchosen, drejected, run = self._forward(micro, train=True, step=step)
-        share = 1.0 / len(update)
-        coefficients = np.empty(2 * len(dchosen))
-        coefficients[micro.trees.order] = share * np.concatenate([dchosen, drejected])
-        counts = np.diff(micro.batch.sequence_begin)
-        run.backward(np.repeat(coefficients, counts))
-        return values
+        pairs = self.forward(micro, train=True, step=step)
+        self.backward(micro, pairs, 1.0 / len(update))
+        return pairs.metrics
 
     def evaluate(self, micro: Micro) -> tuple[float, int, dict[str, float]]:
-        values, dchosen, _, _ = self._forward(micro, train=False, step=0)
-        return values.pop("loss") * len(dchosen), len(dchosen), values
+        values = self.forward(micro, train=False, step=0).metrics
+        n = len(micro.items)
+        return values.pop("loss") * n, n, values
 
     def combine(self, metrics: list[dict[str, float]]) -> dict[str, float]:
         return {key: sum(m[key] for m in metrics) / len(metrics) for key in metrics[0]}
 
-    def _forward(self, micro: Micro, *, train: bool, step: int):
+    def forward(self, micro: Micro, *, train: bool, step: int) -> PairNumbers:
+        """Log-probs of policy and reference, the loss and its derivatives. With `train`, `backward` may follow."""
         args, run, batch, order = self.args, self.model.run, micro.batch, micro.trees.order
         n = len(micro.items)
-        initial = args.ref_image_features == "initial"
-        reference = self._reference(micro, None) if initial and not args.reference_free else None
+        reference = self._reference(micro, None) if args.ref_image_features == "initial" else None
         logp = run.forward(batch, pixels=micro.pixels, train=train, vision_grad=args.vit_grad, mean_logit=True,
                            dropout=train and not args.disable_dropout, seed=args.seed, step=step)
-        if not initial and not args.reference_free:
+        if reference is None:
             reference = self._reference(micro, None if micro.pixels is None else run.features)
+        counts = np.diff(batch.sequence_begin)
         chosen, rejected = np.split(_sums(batch, logp)[order], 2)
-        tokens = np.diff(batch.sequence_begin)[order].astype(np.float64)
-        loss, _, dchosen, drejected = stllava_c.preference_loss(
+        chosen_tokens, rejected_tokens = np.split(counts[order].astype(np.float64), 2)
+        names = {} if args.reference_free else {"reference_chosen": reference[0], "reference_rejected": reference[1]}
+        loss, per_pair, dchosen, drejected = stllava_c.preference_loss(
             loss_types=args.loss_types, weights=args.loss_weights, beta=args.beta, label_smoothing=args.label_smoothing,
             discopop_tau=args.discopop_tau, f_divergence=args.f_divergence_type, alpha=args.f_alpha_divergence_coef,
-            reference_free=args.reference_free, policy_chosen=chosen, policy_rejected=rejected,
-            reference_chosen=None if reference is None else reference[0], reference_rejected=None if reference is None else reference[1],
-            chosen_tokens=tokens[:n], rejected_tokens=tokens[n:])
-        ref_chosen, ref_rejected = reference if reference is not None else (np.zeros(n), np.zeros(n))
-        rewards_chosen, rewards_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
-        logit_chosen, logit_rejected = np.split((_sums(batch, run.mean_logit) / np.diff(batch.sequence_begin))[order], 2)
-        values = {
-            "loss": loss, "rewards/chosen": rewards_chosen.mean(), "rewards/rejected": rewards_rejected.mean(),
-            "rewards/accuracies": (rewards_chosen > rewards_rejected).mean(), "rewards/margins": (rewards_chosen - rewards_rejected).mean(),
-            "logps/chosen": chosen.mean(), "logps/rejected": rejected.mean(),
-            "policy_logps/chosen": chosen.mean(), "policy_logps/rejected": rejected.mean(),
-            "referece_logps/chosen": ref_chosen.mean(), "referece_logps/rejected": ref_rejected.mean(),
-            "logits/chosen": logit_chosen.mean(), "logits/rejected": logit_rejected.mean()}
-        return {key: float(value) for key, value in values.items()}, dchosen, drejected, run
+            reference_free=args.reference_free, policy_chosen=chosen, policy_rejected=rejected, chosen_tokens=chosen_tokens,
+            rejected_tokens=rejected_tokens, **names)
+        mean_logits = np.split((_sums(batch, run.mean_logit) / counts)[order], 2)
+        return PairNumbers(loss, np.asarray(args.loss_weights or [1.0] * len(args.loss_types)) @ per_pair, chosen, rejected, *reference,
+                           args.beta * (chosen - reference[0]), args.beta * (rejected - reference[1]), *mean_logits, dchosen, drejected)
+
+    def backward(self, micro: Micro, pairs: PairNumbers, share: float) -> None:
+        """Gradients of `share` times the loss."""
+        coefficients = np.empty(2 * len(micro.items))
+        coefficients[micro.trees.order] = share * np.concatenate([pairs.dchosen, pairs.drejected])
+        self.model.run.backward(np.repeat(coefficients, np.diff(micro.batch.sequence_begin)))
 
     def _reference(self, micro: Micro, features: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(chosen, rejected) log-probs under the snapshot; with `features`, of its language model alone."""
         if self.precomputed is not None and micro.dataset is self.precomputed[0]:
             chosen, rejected = self.precomputed[1][[item for item, _ in micro.items]].T
             return chosen, rejected
-        logp = self.reference_run.forward(micro.batch, pixels=micro.pixels if features is None else None, features=features, theta=self.reference)
+        logp = self.reference_run.forward(micro.batch, pixels=micro.pixels if features is None else None, features=features, theta=self.reference,
+                                            adapters=self.args.ref_adapters)
         chosen, rejected = np.split(_sums(micro.batch, logp)[micro.trees.order], 2)
         return chosen, rejected
 

@@ -1,0 +1,302 @@
+"""`stllava VERB ...`: one verb per step. Settings are the fields of the configuration classes, so each exists once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import StllavaError
+
+__all__ = ["main"]
+
+USE = "Research use only: not a medical device, not for diagnosis or treatment."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 an error of the user's data or settings (one line on stderr), 2 bad command line, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="stllava", description=f"Self-training of medical vision-language models. {USE}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (add, _) in VERBS.items():
+        sub = verbs.add_parser(name, help=(add.__doc__ or "").strip().split("\n")[0], description=add.__doc__)
+        add(sub)
+    args = parser.parse_args(argv)
+    try:
+        return VERBS[args.verb][1](args) or 0
+    except KeyboardInterrupt:
+        print("stllava: interrupted", file=sys.stderr)
+        return 130
+    except (StllavaError, OSError, ValueError) as error:
+        print(f"stllava {args.verb}: {error}", file=sys.stderr)
+        return 1
+
+
+# ---- flags from dataclass fields ---------------------------------------------------------------------------------------------
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type, *, skip: Sequence[str] = ()) -> None:
+    """One --flag per field. Booleans take no value (true) or true/false/yes/no/1/0; lists take several values."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.init or field.name in skip:
+            continue
+        kind, many = _kind(hints[field.name])
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        options: dict[str, Any] = {"dest": field.name, "required": required, "default": argparse.SUPPRESS, "metavar": kind.__name__.upper()}
+        if not required:
+            options["help"] = f"default {field.default}"
+        if kind is bool:
+            options |= {"type": parse_bool, "nargs": "?", "const": True}
+        else:
+            options |= {"type": kind, "nargs": "+" if many else None}
+        parser.add_argument(f"--{field.name}", **options)
+
+
+def take_fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The given values of `cls`'s fields."""
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if f.init and hasattr(args, f.name)}
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in values.items()}
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """(element type, several values?) of a field's annotation: the first of str, float, int, bool it names."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    many = any(typing.get_origin(option) is list for option in options)
+    flat = [typing.get_args(option)[0] if typing.get_origin(option) is list else option for option in options]
+    return next(kind for kind in (str, float, int, bool) if kind in flat), many
+
+
+def parse_bool(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a truth value; use true or false")
+    return values[text.lower()]
+
+
+# ---- verbs -------------------------------------------------------------------------------------------------------------------
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_name_or_path", required=True, help="checkpoint directory")
+    parser.add_argument("--model_base", help="base of an adapter directory")
+    parser.add_argument("--vision_tower", help="the tower's directory, where the checkpoint does not hold it")
+    parser.add_argument("--dtype", default="f32", choices=("f32", "f64"))
+    parser.add_argument("--num_threads", type=int, default=0, help="default: one per core")
+
+
+def _model(args: argparse.Namespace):
+    import stllava_c
+
+    from .model import LlavaModel
+    if args.num_threads > 0:
+        stllava_c.set_num_threads(args.num_threads)
+    return LlavaModel.from_pretrained(args.model_name_or_path, args.model_base, dtype=args.dtype, vision_tower=args.vision_tower)
+
+
+def _data_flags(parser: argparse.ArgumentParser, template: str) -> None:
+    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--image_folder", default=None)
+    parser.add_argument("--version", default=template, help="conversation template")
+    parser.add_argument("--model_max_length", type=int, default=2048, help="rows of a sample, image rows included")
+    parser.add_argument("--on_bad_sample", choices=("error", "skip"), default="error")
+    for name, default in (("lora_r", 64), ("lora_alpha", 16), ("lora_dropout", 0.05), ("lora_r_vit", 32), ("lora_alpha_vit", 64), ("lora_dropout_vit", 0.0)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--lora_enable", type=parse_bool, nargs="?", const=True, default=False)
+    parser.add_argument("--vit_lora_enable", type=parse_bool, nargs="?", const=True, default=False)
+
+
+def _data_options(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    if model.tokenizer is None or model.image_processor is None:
+        raise ValueError(f"{args.model_name_or_path} has no tokenizer.model or no vision tower; training from files needs both")
+    return {"tokenizer": model.tokenizer, "image_processor": model.image_processor, "image_folder": args.image_folder, "template": args.version,
+            "max_length": args.model_max_length, "tokens_per_image": model.core.tokens_per_image, "on_bad_sample": args.on_bad_sample}
+
+
+def _train(args: argparse.Namespace, config: type, dataset: type, trainer: type, **data_options: Any) -> None:
+    from .checkpoint.peft import LoraConfig
+    from .data.sft import summary
+    model = _model(args)
+    settings = config(**take_fields(args, config))
+    data = dataset(args.data_path, **_data_options(args, model), **data_options)
+    if data.problems:
+        print(f"left out {len(data.problems)} records: {summary(data.problems)}", file=sys.stderr)
+    if args.lora_enable:
+        model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout), "llm", seed=settings.seed)
+    if args.vit_lora_enable:
+        model.add_lora(LoraConfig(r=args.lora_r_vit, lora_alpha=args.lora_alpha_vit, lora_dropout=args.lora_dropout_vit), "vit", seed=settings.seed)
+    run = trainer(model, settings, data)
+    result = run.train()
+    run.save_model()
+    print(json.dumps({"global_step": result.global_step, **result.metrics}))
+
+
+def add_sft(parser: argparse.ArgumentParser) -> None:
+    """Stage 1: visual self-questioning SFT."""
+    from .train.arguments import SFTConfig
+    _model_flags(parser)
+    _data_flags(parser, "v1_sq")
+    parser.add_argument("--sq_r", type=float, default=0.5)
+    add_fields(parser, SFTConfig)
+
+
+def run_sft(args: argparse.Namespace) -> None:
+    from .data.sft import SFTDataset
+    from .train.arguments import SFTConfig
+    from .train.sft import SFTTrainer
+    _train(args, SFTConfig, SFTDataset, SFTTrainer, sq_r=args.sq_r, seed=getattr(args, "seed", 42))
+
+
+def add_dpo(parser: argparse.ArgumentParser) -> None:
+    """Stage 2: preference training."""
+    from .train.arguments import DPOConfig
+    _model_flags(parser)
+    _data_flags(parser, "v1")
+    add_fields(parser, DPOConfig)
+
+
+def run_dpo(args: argparse.Namespace) -> None:
+    from .data.dpo import DPODataset
+    from .train.arguments import DPOConfig
+    from .train.dpo import DPOTrainer
+    _train(args, DPOConfig, DPODataset, DPOTrainer)
+
+
+def _step_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    parser.add_argument("--out", required=True, help="JSON lines; continued if it exists")
+    add_fields(parser, settings)
+
+
+def add_ask(parser: argparse.ArgumentParser) -> None:
+    """Self-training, step A: describe images, ask questions about them."""
+    from .selftrain.ask import AskSettings
+    _model_flags(parser)
+    parser.add_argument("--image_folder", required=True)
+    _step_flags(parser, AskSettings)
+
+
+def run_ask(args: argparse.Namespace) -> None:
+    from .selftrain.ask import AskSettings, ask
+    folder = Path(args.image_folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not names:
+        raise ValueError(f"{folder}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    ask(_model(args), [(name, str(folder / name)) for name in names], AskSettings(**take_fields(args, AskSettings)), out=args.out)
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tga", ".tif", ".tiff"}
+
+
+def add_answer(parser: argparse.ArgumentParser) -> None:
+    """Self-training, step B: answer every question several times."""
+    from .selftrain.answer import AnswerSettings
+    _model_flags(parser)
+    parser.add_argument("--questions", required=True, help="output of `stllava ask`")
+    parser.add_argument("--image_folder", required=True)
+    _step_flags(parser, AnswerSettings)
+
+
+def run_answer(args: argparse.Namespace) -> None:
+    from .selftrain.answer import AnswerSettings, answer
+    from .selftrain.steps import read_jsonl
+    folder = Path(args.image_folder)
+    answer(_model(args), read_jsonl(args.questions), lambda name: str(folder / name), AnswerSettings(**take_fields(args, AnswerSettings)), out=args.out)
+
+
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    """Self-training, step C: score answers with recorded replies, both orders."""
+    parser.add_argument("--answers", required=True, help="output of `stllava answer`")
+    parser.add_argument("--replies", required=True, help="JSON lines {image, question, answers: [first, second], raw}")
+    parser.add_argument("--one_order", action="store_true", help="as the original: no exchange of the two answers")
+    parser.add_argument("--out", required=True)
+
+
+def run_judge(args: argparse.Namespace) -> None:
+    from .selftrain.judge import RecordedJudge, judge
+    from .selftrain.steps import read_jsonl
+    replies = {(row["image"], row["question"], *row["answers"]): row["raw"] for row in read_jsonl(args.replies)}
+    judge(read_jsonl(args.answers), RecordedJudge(replies), both_orders=not args.one_order, out=args.out)
+
+
+def add_pairs(parser: argparse.ArgumentParser) -> None:
+    """Self-training, step D: judged answers to DPO training pairs."""
+    from .selftrain.pairs import PairSettings
+    parser.add_argument("--judged", required=True, help="output of `stllava judge`")
+    _step_flags(parser, PairSettings)
+
+
+def run_pairs(args: argparse.Namespace) -> None:
+    from .checkpoint.atomic import write_bytes
+    from .selftrain.pairs import PairSettings, build_pairs
+    from .selftrain.steps import read_jsonl
+    pairs, dropped = build_pairs(read_jsonl(args.judged), lambda name: name, PairSettings(**take_fields(args, PairSettings)))
+    write_bytes(Path(args.out), json.dumps(pairs, indent=1).encode())
+    print(json.dumps({"pairs": len(pairs), "dropped": dropped}))
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """Answer a VQA test file greedily and score it."""
+    _model_flags(parser)
+    parser.add_argument("--question_file", required=True, help="LLaVA-Med test items (JSON)")
+    parser.add_argument("--image_folder", required=True)
+    parser.add_argument("--answers_file", default=None, help="JSON lines; continued if it exists")
+    parser.add_argument("--conv_mode", default="v1")
+    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument("--metrics", choices=("compat", "strict"), default="compat")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from .data.records import read_records
+    from .evaluate.answers import answer_questions
+    from .evaluate.vqa import evaluate_vqa
+    items = read_records(args.question_file)
+    folder = Path(args.image_folder)
+    answers = answer_questions(_model(args), items, lambda name: str(folder / name), template=args.conv_mode, max_new_tokens=args.max_new_tokens,
+                               out=args.answers_file)
+    evaluate_vqa(items, answers, args.metrics).print()
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Print what was built and found."""
+    parser.add_argument("--json", action="store_true")
+
+
+def run_doctor(args: argparse.Namespace) -> int | None:
+    from . import doctor
+    return doctor.main(json=args.json)
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """The whole method on real medical images: SFT, self-training, DPO, evaluation, report."""
+    parser.add_argument("--out", default="build/demo")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_threads", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="the same path on a tenth of the data")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from .demo.run import run
+    run(Path(args.out), seed=args.seed, num_threads=args.num_threads, quick=args.quick)
+
+
+def add_demo_base(parser: argparse.ArgumentParser) -> None:
+    """Train the demo's base model anew."""
+    parser.add_argument("--out", default="build/demo-base")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_threads", type=int, default=0)
+
+
+def run_demo_base(args: argparse.Namespace) -> None:
+    from .demo.base import train_base
+    train_base(Path(args.out), seed=args.seed, num_threads=args.num_threads)
+
+
+VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]] = {
+    "demo": (add_demo, run_demo), "demo-base": (add_demo_base, run_demo_base), "sft": (add_sft, run_sft), "dpo": (add_dpo, run_dpo),
+    "ask": (add_ask, run_ask), "answer": (add_answer, run_answer), "judge": (add_judge, run_judge), "pairs": (add_pairs, run_pairs),
+    "eval": (add_eval, run_eval), "doctor": (add_doctor, run_doctor)}

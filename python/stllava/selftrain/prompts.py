@@ -1,0 +1,24 @@
+"""A question about one image, and the ids that leave a turn open for the model."""
+
+from __future__ import annotations
+
+from stllava.constants import DEFAULT_IMAGE_TOKEN
+from stllava.conversation import Conversation
+from stllava.text.encode import encode_conversation
+from stllava.text.tokenizer import Tokenizer
+
+__all__ = ["dialogue_about_image", "open_turn"]
+
+
+def dialogue_about_image(template: Conversation, question: str) -> Conversation:
+    """A new dialogue whose first turn shows the image and asks `question`."""
+    dialogue = template.copy()
+    dialogue.append_message(template.roles[0], f"{DEFAULT_IMAGE_TOKEN}\n{question}")
+    return dialogue
+
+
+def open_turn(dialogue: Conversation, role: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the dialogue so far with an open turn of `role`; the dialogue itself stays as it is."""
+    waiting = dialogue.copy()
+    waiting.append_message(role, None)
+    return encode_conversation(waiting, tokenizer, 1)

@@ -1,0 +1,70 @@
+"""What the steps of self-training share: JSON-lines files that can be continued, and a seed for every item."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from stllava.errors import FormatError
+
+__all__ = ["item_seed", "read_jsonl", "run_step"]
+
+Item = TypeVar("Item")
+
+
+def item_seed(seed: int, *key: object) -> int:
+    """A 64-bit seed from (run seed, item): the same whatever the order or the batch an item is computed in (spec D38)."""
+    text = "\x1f".join(map(str, (seed, *key)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file. A last line cut off by a crash is left out; any other damage raises FormatError."""
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) - 1:
+                break
+            raise FormatError(f"{path}: line {number + 1} is not JSON: {error.msg}", path=path) from error
+    return rows
+
+
+def run_step(items: Iterable[Item], key: Callable[[Item], str], work: Callable[[list[Item]], Iterator[dict[str, Any]]], *,
+             out: str | Path | None = None, batch_size: int, label: str, progress: bool = True) -> list[dict[str, Any]]:
+    """Applies `work` to batches of items and returns one record per item, in the order of the items.
+
+    `work` yields a record per item of its batch, in order; `key` names an item. With `out`, records are appended to that file as they come, and items
+    whose key (field "id") is there already are not computed again.
+    """
+    items = list(items)
+    done: dict[str, dict[str, Any]] = {}
+    if out is not None and Path(out).exists():
+        done = {row["id"]: row for row in read_jsonl(out)}
+        Path(out).write_text("".join(json.dumps(row) + "\n" for row in done.values()), encoding="utf-8")
+    todo = [item for item in items if key(item) not in done]
+    file = open(out, "a", encoding="utf-8") if out is not None else None
+    try:
+        with tqdm(total=len(items), initial=len(items) - len(todo), desc=label, unit="item", disable=not progress, dynamic_ncols=True) as bar:
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start:start + batch_size]
+                for item, record in zip(batch, work(batch), strict=True):
+                    done[key(item)] = record
+                    if file is not None:
+                        file.write(json.dumps(record) + "\n")
+                if file is not None:
+                    file.flush()
+                bar.update(len(batch))
+    finally:
+        if file is not None:
+            file.close()
+    return [done[key(item)] for item in items]
