@@ -171,7 +171,7 @@ def _render_plain(conv: Conversation) -> list[Segment]:
     segments: list[Segment] = []
     for turn, (_, text) in enumerate(conv.messages):
         if text and turn % 2 == 1:
-            raise ConversationError(f"template {conv.name}: turn {turn} has text, but the template does not separate answers")
+            raise ConversationError(f"template {conv.name}: turn {turn} has text, but nothing separates answers here")
         if text:
             segments += [Segment(text, turn), Segment(conv.sep)]
     return segments
@@ -273,7 +273,7 @@ def _registry() -> _Registry:
     v1_sq = replace(v1, name="v1_sq", system=_SYSTEM_SELF_QUESTIONING, roles=(*v1.roles, "VUSER"), version="v1_sq")
     llama = Conversation("llama_2", _SYSTEM_LLAMA_2, v1.roles, llama_2, "<s>", "</s>", "llama_v2")
     plain = Conversation("plain", "", ("", ""), SeparatorStyle.PLAIN, "\n")
-    instruction = ("Instruction", "Response")
+    instruction, dolly_roles = ("Instruction", "Response"), ("### Instruction", "### Response")
     templates = (
         v0,
         replace(v0, name="llava_v0"),
@@ -290,9 +290,7 @@ def _registry() -> _Registry:
         replace(plain, name="plain_qav", version="plain_qav", prompt_only=True),
         replace(v0, name="v0_mmtag", system=_SYSTEM_MMTAG, roles=instruction, version="v0_mmtag", prompt_only=True),
         replace(v1, name="v1_mmtag", system=_SYSTEM_MMTAG, version="v1_mmtag", prompt_only=True),
-        Conversation(
-            "dolly", _SYSTEM_INSTRUCTION, ("### Instruction", "### Response"), two, " ", "### End", "dolly", prompt_only=True
-        ),
+        Conversation("dolly", _SYSTEM_INSTRUCTION, dolly_roles, two, " ", "### End", "dolly", prompt_only=True),
         Conversation(
             "mpt", _SYSTEM_MPT, ("user", "assistant"), SeparatorStyle.MPT, "<|im_end|>", version="mpt", prompt_only=True
         ),
@@ -312,28 +310,29 @@ def as_template(template: str | Conversation) -> Conversation:
 def check_template(template: str | Conversation, tokenizer: Tokenizer) -> None:
     """Raise ConfigError when dialogues of `template` cannot be trained on or generated with `tokenizer`.
 
-    Two things must hold: each end separator is one special token, and the words after "ROLE:" start a piece of their
-    own, so that no piece lies half in the tag and half in the words.
+    Two things must hold: each end separator is one special token, and a tag such as "ASSISTANT:" has known pieces of
+    its own, so that none lies half in the tag and half in the words after it.
     """
     template = as_template(template)
-    if template.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2):
-        for separator in (template.sep, template.sep2):
-            if separator in _SPECIAL_SEPARATORS and separator not in tokenizer.special_ids:
-                raise ConfigError(
-                    f"template {template.name}: {separator!r} is not a special token of the tokenizer, "
-                    f"which has {sorted(tokenizer.special_ids)}; use the tokenizer the checkpoint was trained with"
-                )
+    special = [text for text in (template.sep, template.sep2) if text in _SPECIAL_SEPARATORS]
+    for text in special:
+        if text not in tokenizer.special_ids:
+            raise ConfigError(
+                f"template {template.name}: {text!r} is not a special token of the tokenizer, which has "
+                f"{sorted(tokenizer.special_ids)}; use the tokenizer the checkpoint was trained with"
+            )
     if template.sep_style is SeparatorStyle.PLAIN:
         return
     if template.sep_style is SeparatorStyle.LLAMA_2:
-        tags = ["[/INST]"]
+        tags = ["[INST] x [/INST]"]
     else:
         tags = [f"{role}:" for role in template.roles]
     for tag in tags:
-        tag_ids = tokenizer.encode(tag, parse_special=False)
-        words_ids = tokenizer.encode(f"{tag} Yes", parse_special=False)
-        if words_ids[: len(tag_ids)] != tag_ids:
-            raise ConfigError(
-                f"template {template.name}: the tokenizer joins the tag {tag!r} with the words after it; "
-                f"ids {tag_ids} alone, {words_ids} in front of 'Yes'"
-            )
+        for after_special in (False, True) if special else (False,):
+            tag_ids, _ = tokenizer.encode_piecewise(tag, after_special)
+            ids, _ = tokenizer.encode_piecewise(f"{tag} Yes", after_special)
+            if ids[: len(tag_ids)] != tag_ids or tokenizer.unk_token_id in ids:
+                raise ConfigError(
+                    f"template {template.name}: the tokenizer joins the tag {tag!r} with the words after it or does not "
+                    f"know it; ids {tag_ids} alone, {ids} in front of 'Yes'"
+                )

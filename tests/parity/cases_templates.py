@@ -15,7 +15,9 @@ from stllava.constants import IGNORE_INDEX
 from stllava.conversation import ConversationError, conv_templates
 from stllava.text import Tokenizer, preprocess_compat, tokenizer_image_token
 
-_LABEL_FILE = re.compile(r"(?P<nonlegacy>nonlegacy_)?(?P<template>\w+?)(?:_sq(?P<sq_r>\d+(?:\.\d+)?))?_max(?P<max_length>\d+)\.json")
+_LABEL_FILE = re.compile(
+    r"(?P<nonlegacy>nonlegacy_)?(?P<template>\w+?)(?:_sq(?P<sq_r>\d+(?:\.\d+)?))?_max(?P<max_length>\d+)\.json"
+)
 
 
 def replay_templates(case_dir: Path | str) -> dict[str, Any]:
@@ -32,7 +34,8 @@ def replay_templates(case_dir: Path | str) -> dict[str, Any]:
             samples = [_sample(dialogues[entry["id"]], entry.get("draws"), settings, tokenizer) for entry in recorded]
             replayed[path.name] = {"samples": samples}
     replayed["encode_decode.json"] = _encode_decode(_load(case_dir / "encode_decode.json"), tokenizers)
-    replayed["open_prompts.json"] = [_open_prompt(entry, tokenizers[True]) for entry in _load(case_dir / "open_prompts.json")]
+    open_prompts = _load(case_dir / "open_prompts.json")
+    replayed["open_prompts.json"] = [_open_prompt(entry, tokenizers[True]) for entry in open_prompts]
     replayed["system_texts.json"] = {name: _system_text(name) for name in _load(case_dir / "system_texts.json")}
     return replayed
 
@@ -41,7 +44,9 @@ def _load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _sample(dialogue: dict[str, Any], draws: list[dict[str, Any]] | None, settings: re.Match[str], tokenizer: Tokenizer) -> dict[str, Any]:
+def _sample(
+    dialogue: dict[str, Any], draws: list[dict[str, Any]] | None, settings: re.Match[str], tokenizer: Tokenizer
+) -> dict[str, Any]:
     max_length = int(settings["max_length"])
     try:
         result = preprocess_compat(

@@ -106,14 +106,15 @@ class _OtherTokens(Tokenizer):
 class _JoiningTokens(Tokenizer):
     """A tokenizer with pieces that reach across the space after a tag."""
 
-    def encode(self, text, add_bos=True, parse_special=True):
-        return [len(text)]
+    def encode_piecewise(self, text, after_special=False):
+        return [len(text)], [0]
 
 
 def test_check_template():
     for name, template in conv_templates.items():
         if not template.prompt_only:
-            check_template(name, tokenizer())
+            for legacy in (True, False):
+                check_template(name, tokenizer(legacy))
     with pytest.raises(ValueError, match="'</s>' is not a special token"):
         check_template("v1", _OtherTokens())
     with pytest.raises(ValueError, match="joins the tag"):

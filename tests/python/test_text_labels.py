@@ -31,12 +31,9 @@ def original_is_wrong(template, turns):
     )
 
 
-def targets(sample):
-    return [i for i, label in zip(sample.input_ids, sample.labels, strict=True) if label != IGNORE_INDEX]
-
-
 def text_of_spans(sample):
-    return [tokenizer().decode(sample.input_ids[span.begin : span.end], skip_special_tokens=False) for span in sample.spans]
+    spans = [sample.input_ids[span.begin : span.end] for span in sample.spans]
+    return [tokenizer().decode(ids, skip_special_tokens=False) for ids in spans]
 
 
 @pytest.mark.parametrize("path", label_files(), ids=lambda path: path.name)
@@ -93,7 +90,9 @@ def test_equal_to_the_original_on_random_dialogues(texts, template, legacy, has_
 
 
 HOSTILE = st.lists(
-    st.sampled_from(["</s>", "<s>", "<unk>", " ASSISTANT: ", "USER: ", "VUSER: ", "[/INST] ", "[INST]", "### ", "\n", " ", "x", "Yes."]),
+    st.sampled_from(
+        ["</s>", "<s>", "<unk>", " ASSISTANT: ", "USER: ", "VUSER: ", "[/INST] ", "[INST]", "### ", "\n", " ", "x", "Yes."]
+    ),
     min_size=1,
     max_size=6,
 ).map("".join)
@@ -119,7 +118,9 @@ def test_whatever_people_write_the_targets_are_the_answers(texts, template, lega
         assert {0, 1, 2}.isdisjoint(ids)  # nothing anybody wrote is a special token
         assert tokenizer().decode(ids) == answer + end.removesuffix("</s>")
     specials = [i for i in sample.input_ids if i in (0, 1, 2)]
-    n_template_specials = {"llama_2": 1 + 1 + 2, "llava_llama_2": 1 + 1 + 2}.get(template, 3 if end.endswith("</s>") else 1)
+    n_template_specials = 3 if end.endswith("</s>") else 1  # the begin token and one end token per answer
+    if conv_templates[template].sep == "<s>":
+        n_template_specials += 1  # the second question's own begin token
     assert len(specials) == n_template_specials
 
 
@@ -182,7 +183,7 @@ def test_preprocess_multimodal():
     [
         (turns_of("q", "a")[::-1], {}, "pairs"),
         (turns_of("q", "a", "q"), {}, "pairs"),
-        ([], {}, "pairs"),
+        ([], {}, "0 turns.*pairs"),
         ([*turns_of("q"), *turns_of("q")], {}, "turn 1: from 'human'"),
         ([{"from": "user", "value": "q"}, {"from": "gpt", "value": "a"}], {}, "turn 0: from 'user'"),
         ([{"from": "human"}], {}, "turn 0: key 'value' is missing"),

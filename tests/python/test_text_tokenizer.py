@@ -63,10 +63,13 @@ def test_decode_undoes_encode(text):
 def test_pieces_begin_where_their_text_begins(legacy, text, after_special):
     tok = tokenizer(legacy)
     ids, begins = tok.encode_piecewise(text, after_special)
-    assert begins == sorted(begins) and begins[0] == 0 and begins[-1] < len(text)
+    assert begins == sorted(begins) and begins[:1] in ([], [0]) and all(begin < len(text) for begin in begins)
+    if tok.unk_token_id in ids:  # a first piece that exists only with its "▁"
+        assert after_special and not legacy
+        return
     for boundary in {begin for begin in begins if begin > 0}:
         split = begins.index(boundary)
-        # The prefix decodes to exactly the characters in front of the piece, so begins are right and not only ordered.
+        # What stands in front of the piece decodes to the characters in front of it: right, not only ordered.
         prefix = tok.decode(ids[:split])
         assert text.replace("▁", " ")[:boundary].endswith(prefix) and len(prefix) >= boundary - 1
 

@@ -91,7 +91,7 @@ def build_sample(
     if has_image:
         turns = preprocess_multimodal(turns)
     elif switched:
-        raise ConversationError(f"turns {sorted(switched)} cannot be switched: only samples with an image ask questions themselves")
+        raise ConversationError(f"turns {sorted(switched)} cannot be switched: only samples with an image ask themselves")
     _check_markers(turns, has_image)
     segments = _render(turns, template, frozenset(switched)).training_segments()
     encoded = encode_segments(segments, tokenizer)
@@ -119,20 +119,25 @@ def _checked_turns(turns: Sequence[Turn]) -> tuple[Sequence[Turn], int]:
     for i, turn in enumerate(kept):
         expected = ("human", "gpt")[i % 2]
         if turn["from"] != expected:
-            raise ConversationError(f"turn {i + n_leading}: from {turn['from']!r}, want {expected!r}; roles must alternate")
+            raise ConversationError(
+                f"turn {i + n_leading}: from {turn['from']!r}, want {expected!r}; roles must alternate"
+            )
         if not turn["value"].strip():
-            raise ConversationError(f"turn {i + n_leading}: the {'question' if i % 2 == 0 else 'answer'} is empty")
+            what = "question" if i % 2 == 0 else "answer"
+            raise ConversationError(f"turn {i + n_leading}: the {what} is empty")
     if not kept or len(kept) % 2:
-        raise ConversationError(f"{len(kept)} turns after a leading gpt turn, want question and answer pairs, at least one")
+        raise ConversationError(f"{len(kept)} turns besides a leading gpt turn, want pairs of question and answer")
     return kept, n_leading
 
 
 def _check_markers(turns: Sequence[Turn], has_image: bool) -> None:
     counts = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns]
     if sum(counts) != has_image:
-        raise ConversationError(f"{sum(counts)} {DEFAULT_IMAGE_TOKEN} markers for {int(has_image)} images (per turn: {counts})")
+        raise ConversationError(
+            f"{sum(counts)} {DEFAULT_IMAGE_TOKEN} markers for {int(has_image)} images; per turn {counts}"
+        )
     if has_image and not counts[0]:
-        raise ConversationError(f"the {DEFAULT_IMAGE_TOKEN} marker is in turn {counts.index(1)}, want the first human turn")
+        raise ConversationError(f"the {DEFAULT_IMAGE_TOKEN} marker is in turn {counts.index(1)}, want the first turn")
 
 
 def _render(turns: Sequence[Turn], template: Conversation, switched: frozenset[int]) -> Conversation:
@@ -140,7 +145,9 @@ def _render(turns: Sequence[Turn], template: Conversation, switched: frozenset[i
     if impossible:
         raise ConversationError(f"turns {impossible} cannot be switched, want later human turns of {len(turns)} turns")
     if switched and len(template.roles) < 3:
-        raise ConversationError(f"template {template.name} has no virtual user, turns {sorted(switched)} cannot be switched; use v1_sq")
+        raise ConversationError(
+            f"template {template.name} has no virtual user, turns {sorted(switched)} cannot be switched; use v1_sq"
+        )
     conversation = template.copy()
     for i, turn in enumerate(turns):
         if i in switched:

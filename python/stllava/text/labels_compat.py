@@ -198,4 +198,10 @@ def _preprocess_lines(turns: Sequence[Turn], template: Conversation, text: _Text
 
 
 def _result(prompt: str, ids: list[int], labels: list[int], message: str | None) -> dict[str, Any]:
-    return {"prompt": prompt, "input_ids": ids, "labels": labels, "mismatch": message is not None, "mismatch_message": message}
+    return {
+        "prompt": prompt,
+        "input_ids": ids,
+        "labels": labels,
+        "mismatch": message is not None,
+        "mismatch_message": message,
+    }

@@ -58,7 +58,7 @@ class Tokenizer:
         self.eos_token_id: int = self._sp.eos_id()
         self.unk_token_id: int = self._sp.unk_id()
         if min(self.bos_token_id, self.eos_token_id, self.unk_token_id) < 0:
-            raise FormatError(f"{path}: the model lacks a begin, end or unknown token, which LLaMA tokenizers have", path=path)
+            raise FormatError(f"{path}: want a LLaMA tokenizer, but there is no begin, end or unknown token", path=path)
         self.pad_token_id = self.unk_token_id
         base = (self.unk_token_id, self.bos_token_id, self.eos_token_id)
         self.special_ids: dict[str, int] = {self._sp.id_to_piece(i): i for i in base} | self.added_tokens
@@ -88,8 +88,11 @@ class Tokenizer:
     def encode_piecewise(self, text: str, after_special: bool = False) -> tuple[list[int], list[int]]:
         """Encode one stretch without special tokens: (ids, begins), begins[i] = index in `text` where piece i starts.
 
-        after_special: a special token stands right before the stretch. A leading "▁" that stands for no character of
-        `text` starts at 0, and so do the bytes of a character at that character.
+        A leading "▁" that stands for no character of `text` begins at 0, the bytes of a character at that character.
+
+        after_special: a special token stands right before the stretch. Non-legacy tokenizers then take the "▁" off the
+        first piece, and what is left may be unknown ("▁evaluate" is a piece, "evaluate" is none), as in the original.
+        In prompts only template text stands there; `check_template` makes sure that it is known.
         """
         if not self.legacy:
             text = text.replace(_UNDERLINE, " ")
@@ -130,7 +133,7 @@ class Tokenizer:
         """
         for i in ids:
             if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}; remove image markers (-200) first")
+                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}; remove image markers first")
         if skip_special_tokens:
             return self._decode_run([i for i in ids if i not in self._special_pieces])
         text, run = "", []
@@ -160,13 +163,17 @@ class Tokenizer:
         folder = Path(directory)
         if not (folder / _MODEL_FILE).is_file():
             raise FormatError(
-                f"{folder}: no {_MODEL_FILE}; the slow LLaMA tokenizer is needed, copy it from the base model", path=folder
+                f"{folder}: no {_MODEL_FILE}; copy it from the base model (tokenizer.json alone is not enough)", path=folder
             )
         config_path = folder / _CONFIG_FILE
         config = _read_if_present(config_path)
         for key, implemented in (("add_bos_token", True), ("add_eos_token", False), ("add_prefix_space", True)):
             if config.get(key) not in (None, implemented):
-                raise ConfigError(f"{config_path}: {key} = {config[key]!r} is not implemented, want {implemented}", path=config_path, field=key)
+                raise ConfigError(
+                    f"{config_path}: {key} = {config[key]!r} is not implemented, want {implemented}",
+                    path=config_path,
+                    field=key,
+                )
         legacy = config.get("legacy")
         return cls(
             folder / _MODEL_FILE,
