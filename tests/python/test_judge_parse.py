@@ -1,0 +1,33 @@
+import pytest
+
+from stllava.selftrain.judge_parse import NO_SCORES, parse_scores, parse_scores_compat
+
+REPLIES = [  # reply, compat, default
+    ("8 7", (8, 7), (8, 7)),
+    ("8, 7", NO_SCORES, (8, 7)),
+    ("8,7", (8, 7), (8, 7)),
+    ("8.5 7", (8.5, 7), (8.5, 7)),
+    ("Answer 1: 8", NO_SCORES, NO_SCORES),
+    ("", NO_SCORES, NO_SCORES),
+    ("\n8 7", NO_SCORES, NO_SCORES),
+    ("8 7\nThe first answer names the organ.", (8, 7), (8, 7)),
+    ("8 7\r\nbecause", (8, 7), (8, 7)),
+    (" 8  7 ", NO_SCORES, (8, 7)),
+    ("8 7 6", NO_SCORES, NO_SCORES),
+    ("8", NO_SCORES, NO_SCORES),
+    ("8 seven", NO_SCORES, NO_SCORES),
+    ("87", NO_SCORES, NO_SCORES),
+    ("0 11", (0, 11), NO_SCORES),
+    ("-3 5", (-3, 5), NO_SCORES),
+    ("inf 5", (float("inf"), 5), NO_SCORES),
+]
+
+
+@pytest.mark.parametrize(("reply", "compat", "default"), REPLIES, ids=[repr(row[0])[:20] for row in REPLIES])
+def test_replies(reply, compat, default):
+    assert parse_scores_compat(reply) == compat
+    assert parse_scores(reply) == default
+
+
+def test_the_scale_is_an_argument():
+    assert parse_scores("0 100", low=0, high=100) == (0, 100)
