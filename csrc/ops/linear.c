@@ -1,0 +1,153 @@
+/* linear.c - the adapter in the forward pass is two thin products: u = s drop(x) A^T, y += u B^T. With du = dy B (so that dL/d(drop(x) A^T) = s du):
+ *
+ *   dW += dy^T x    db += sum_rows dy    dB += dy^T u    dA += (s du)^T drop(x)    dx = dy W + drop'(s du A)
+ *
+ * drop(x) is not kept: its mask is recomputed from where it is (dropout.h). */
+#include "ops/linear.h"
+
+#include "ops/gemm.h"
+#include "ops/rows.h"
+
+#include <string.h>
+
+#define ROWS_PER_TASK 64
+#define COLS_PER_TASK 64
+
+/* ---- bias ---------------------------------------------------------------------------------------------------------------- */
+
+typedef struct bias_job {
+    real *y;           /* forward: (rows,n) */
+    const real *bias;  /* (n) */
+    real *dbias;       /* backward: (n) */
+    const real *dy;    /* (rows,n) */
+    int64_t rows, n;
+} bias_job;
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t n_tasks(int64_t n, int64_t per_task) { return (n + per_task - 1) / per_task; }
+
+static void spread_rows(void *arg, int64_t i_task, int i_worker)
+{
+    (void)i_worker;
+    const bias_job *job = arg;
+    int64_t end = min64((i_task + 1) * ROWS_PER_TASK, job->rows);
+    for (int64_t i = i_task * ROWS_PER_TASK; i < end; i++) memcpy(job->y + i * job->n, job->bias, (size_t)job->n * sizeof(real));
+}
+
+/* Every row of y = bias; the product then adds to it. */
+static void bias_forward(stv_exec *x, real *y, const real *bias, int64_t rows, int64_t n)
+{
+    if (stv_measuring(x)) return;
+    stv_pool_run(x->pool, n_tasks(rows, ROWS_PER_TASK), spread_rows, &(bias_job){.y = y, .bias = bias, .rows = rows, .n = n});
+}
+
+static void sum_columns(void *arg, int64_t i_task, int i_worker)
+{
+    (void)i_worker;
+    const bias_job *job = arg;
+    int64_t begin = i_task * COLS_PER_TASK, count = min64(COLS_PER_TASK, job->n - begin);
+    double sum[COLS_PER_TASK] = {0};
+    for (int64_t i = 0; i < job->rows; i++)
+        for (int64_t j = 0; j < count; j++) sum[j] += job->dy[i * job->n + begin + j];
+    for (int64_t j = 0; j < count; j++) job->dbias[begin + j] += (real)sum[j];
+}
+
+/* dbias += sum of the rows of dy, in row order. */
+static void bias_backward(stv_exec *x, real *dbias, const real *dy, int64_t rows, int64_t n)
+{
+    if (stv_measuring(x)) return;
+    stv_pool_run(x->pool, n_tasks(n, COLS_PER_TASK), sum_columns, &(bias_job){.dbias = dbias, .dy = dy, .rows = rows, .n = n});
+}
+
+/* ---- linear -------------------------------------------------------------------------------------------------------------- */
+
+static bool drops(const stv_lora *lora, const stv_dropout *drop) { return drop && lora->dropout > 0; }
+
+static real *alloc_reals(stv_exec *x, int64_t rows, int64_t n) { return stv_arena_alloc(x->arena, (size_t)rows * (size_t)n * sizeof(real)); }
+
+/* y = s in; y may be in. */
+static void scaled(stv_exec *x, real *y, const real *in, int64_t n, real scale)
+{
+    if (stv_measuring(x)) return;
+    for (int64_t i = 0; i < n; i++) y[i] = in[i] * scale;
+}
+
+void stv_linear_forward(stv_exec *x, real *y, real *u, const real *in, const stv_linear *lin, int64_t rows, const stv_dropout *drop)
+{
+    const stv_lora *lora = &lin->lora;
+    if (lin->bias) bias_forward(x, y, lin->bias, rows, lin->n_out);
+    stv_matmul_nt(x, y, in, lin->weight, rows, lin->n_out, lin->n_in, lin->bias != NULL);
+    if (lora->rank == 0) return;
+
+    size_t mark = stv_arena_mark(x->arena);
+    const real *dropped = in;
+    if (drops(lora, drop)) {
+        real *scratch = alloc_reals(x, rows, lin->n_in);
+        stv_dropout_apply(x, scratch, in, rows, lin->n_in, lora->dropout, lora->module_id, drop);
+        dropped = scratch;
+    }
+    stv_matmul_nt(x, u, dropped, lora->a, rows, lora->rank, lin->n_in, false);
+    scaled(x, u, u, rows * lora->rank, lora->scale);
+    stv_matmul_nt(x, y, u, lora->b, rows, lin->n_out, lora->rank, true);
+    stv_arena_release(x->arena, mark);
+}
+
+static void lora_backward(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
+                          const stv_dropout *drop)
+{
+    const stv_lora *lora = &lin->lora;
+    if (lora->db) stv_matmul_tn(x, lora->db, dy, u, lin->n_out, lora->rank, rows, true);
+    if (!lora->da && !din) return;
+
+    size_t mark = stv_arena_mark(x->arena);
+    real *du = alloc_reals(x, rows, lora->rank);
+    real *scratch = drops(lora, drop) ? alloc_reals(x, rows, lin->n_in) : NULL;
+    stv_matmul_nn(x, du, dy, lora->b, rows, lora->rank, lin->n_out, false);
+    scaled(x, du, du, rows * lora->rank, lora->scale);
+    if (lora->da) {
+        if (scratch) stv_dropout_apply(x, scratch, in, rows, lin->n_in, lora->dropout, lora->module_id, drop);
+        stv_matmul_tn(x, lora->da, du, scratch ? scratch : in, lora->rank, lin->n_in, rows, true);
+    }
+    if (din && scratch) {
+        stv_matmul_nn(x, scratch, du, lora->a, rows, lin->n_in, lora->rank, false);
+        stv_dropout_apply(x, scratch, scratch, rows, lin->n_in, lora->dropout, lora->module_id, drop);
+        stv_add(x, din, din, scratch, rows * lin->n_in);
+    } else if (din) {
+        stv_matmul_nn(x, din, du, lora->a, rows, lin->n_in, lora->rank, true);
+    }
+    stv_arena_release(x->arena, mark);
+}
+
+static void backward(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
+                     const stv_dropout *drop, bool add)
+{
+    if (lin->dbias) bias_backward(x, lin->dbias, dy, rows, lin->n_out);
+    if (lin->dweight) stv_matmul_tn(x, lin->dweight, dy, in, lin->n_out, lin->n_in, rows, true);
+    if (din) stv_matmul_nn(x, din, dy, lin->weight, rows, lin->n_in, lin->n_out, add);
+    if (lin->lora.rank > 0) lora_backward(x, din, dy, in, u, lin, rows, drop);
+}
+
+void stv_linear_backward(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
+                         const stv_dropout *drop)
+{
+    backward(x, din, dy, in, u, lin, rows, drop, false);
+}
+
+void stv_linear_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
+                             const stv_dropout *drop)
+{
+    backward(x, din, dy, in, u, lin, rows, drop, true);
+}
+
+void stv_linear_merge(stv_exec *x, real *merged, const stv_linear *lin)
+{
+    const stv_lora *lora = &lin->lora;
+    if (!stv_measuring(x) && merged != lin->weight) memcpy(merged, lin->weight, (size_t)(lin->n_out * lin->n_in) * sizeof *merged);
+    if (lora->rank == 0) return;
+    size_t mark = stv_arena_mark(x->arena);
+    real *scaled_b = alloc_reals(x, lin->n_out, lora->rank);
+    scaled(x, scaled_b, lora->b, lin->n_out * lora->rank, lora->scale);
+    stv_matmul_nn(x, merged, scaled_b, lora->a, lin->n_out, lin->n_in, lora->rank, true);
+    stv_arena_release(x->arena, mark);
+}

@@ -1,0 +1,370 @@
+#include "ops/linear.h"
+
+#include "base/alloc.h"
+#include "check_exec.h"
+
+typedef struct setup {
+    int64_t rows, K, N, rank;
+    bool bias, drop;
+} setup;
+
+/* One layer with everything trainable, its input, an upstream gradient, and every output. */
+typedef struct layer {
+    stv_linear lin;
+    int64_t rows;
+    real *in, *dy, *y, *u, *din;
+    real *weight, *bias, *a, *b; /* what lin points to, writable */
+    uint64_t *sample;
+    int32_t *position;
+    stv_dropout dropout;
+    const stv_dropout *drop;
+} layer;
+
+static real *new_reals(int64_t n, uint64_t seed)
+{
+    real *p = check_new((size_t)n * sizeof *p);
+    if (seed) check_fill(p, n, seed);
+    return p;
+}
+
+static real *new_zeros(int64_t n) { return memset(new_reals(n, 0), 0, (size_t)n * sizeof(real)); }
+
+static layer make_layer(setup s)
+{
+    layer l = {.rows = s.rows};
+    l.weight = new_reals(s.N * s.K, 1), l.bias = new_reals(s.N, 2);
+    l.a = new_reals(s.rank * s.K, 3), l.b = new_reals(s.N * s.rank, 4);
+    l.in = new_reals(s.rows * s.K, 5), l.dy = new_reals(s.rows * s.N, 6);
+    l.y = new_reals(s.rows * s.N, 0), l.u = s.rank ? new_reals(s.rows * s.rank, 0) : NULL, l.din = new_reals(s.rows * s.K, 0);
+    l.lin = (stv_linear){.weight = l.weight, .bias = s.bias ? l.bias : NULL, .n_in = s.K, .n_out = s.N};
+    l.lin.dweight = new_zeros(s.N * s.K), l.lin.dbias = s.bias ? new_zeros(s.N) : NULL;
+    if (s.rank)
+        l.lin.lora = (stv_lora){.a = l.a, .b = l.b, .da = new_zeros(s.rank * s.K), .db = new_zeros(s.N * s.rank), .rank = s.rank,
+                                .scale = STV_REAL(0.75), .dropout = 0.3f, .module_id = 17};
+    l.sample = check_new((size_t)s.rows * sizeof *l.sample), l.position = check_new((size_t)s.rows * sizeof *l.position);
+    for (int64_t i = 0; i < s.rows; i++) l.sample[i] = (uint64_t)i / 3, l.position[i] = (int32_t)(i % 3);
+    l.dropout = (stv_dropout){.seed = 99, .step = 7, .row_sample = l.sample, .row_position = l.position};
+    return l;
+}
+
+/* The layer may be copied, so the borrowed dropout is pointed to here. */
+static void with_dropout(layer *l, bool on) { l->drop = on ? &l->dropout : NULL; }
+
+static void forward(stv_exec *x, void *context)
+{
+    layer *l = context;
+    stv_linear_forward(x, l->y, l->u, l->in, &l->lin, l->rows, l->drop);
+}
+
+static void backward(stv_exec *x, void *context)
+{
+    layer *l = context;
+    stv_linear_backward(x, l->din, l->dy, l->in, l->u, &l->lin, l->rows, l->drop);
+}
+
+static void backward_add(stv_exec *x, void *context)
+{
+    layer *l = context;
+    stv_linear_backward_add(x, l->din, l->dy, l->in, l->u, &l->lin, l->rows, l->drop);
+}
+
+typedef struct dropping {
+    real *y;
+    const real *in;
+    int64_t rows, n;
+    float p;
+    uint32_t module_id;
+    const stv_dropout *drop;
+} dropping;
+
+static void apply_dropout(stv_exec *x, void *context)
+{
+    dropping *d = context;
+    stv_dropout_apply(x, d->y, d->in, d->rows, d->n, d->p, d->module_id, d->drop);
+}
+
+/* mask (rows,K) = keep / (1-p): dropout of ones. */
+static real *mask_of(const layer *l)
+{
+    int64_t n = l->rows * l->lin.n_in;
+    real *ones = new_reals(n, 0), *mask = new_reals(n, 0);
+    for (int64_t i = 0; i < n; i++) ones[i] = 1;
+    check_exec(1, apply_dropout, &(dropping){mask, ones, l->rows, l->lin.n_in, l->lin.lora.dropout, l->lin.lora.module_id, l->drop});
+    return mask;
+}
+
+static const setup setups[] = {
+    {1, 1, 1, 0, false, false},  {1, 1, 1, 1, true, true},    {5, 7, 3, 0, true, false},   {13, 17, 11, 2, false, false},
+    {13, 17, 11, 2, true, true}, {33, 64, 48, 8, true, true}, {70, 41, 130, 5, true, true}, {3, 300, 5, 4, false, true},
+};
+enum { N_SETUPS = sizeof setups / sizeof *setups };
+
+/* f32: chains of at most 300 products, seen 7e-7; f64: the plain loops below are no better, seen 9e-16. */
+static const double tolerance = STV_REAL_BITS == 32 ? 3e-6 : 4e-15;
+
+static void values_and_gradients_by_plain_loops(void)
+{
+    for (int i_setup = 0; i_setup < N_SETUPS; i_setup++) {
+        setup s = setups[i_setup];
+        layer l = make_layer(s);
+        with_dropout(&l, s.drop);
+        char what[80];
+        snprintf(what, sizeof what, "rows %d K %d N %d rank %d dropout %d", (int)s.rows, (int)s.K, (int)s.N, (int)s.rank, s.drop);
+        real *mask = mask_of(&l);
+        double scale = (double)l.lin.lora.scale;
+        size_t size = sizeof(double);
+        double *u = memset(check_new((size_t)(s.rows * s.rank) * size), 0, (size_t)(s.rows * s.rank) * size);
+        double *du = memset(check_new((size_t)(s.rows * s.rank) * size), 0, (size_t)(s.rows * s.rank) * size);
+        double *y = check_new((size_t)(s.rows * s.N) * size);
+        double *din = memset(check_new((size_t)(s.rows * s.K) * size), 0, (size_t)(s.rows * s.K) * size);
+        double *dw = memset(check_new((size_t)(s.N * s.K) * size), 0, (size_t)(s.N * s.K) * size);
+        double *dbias = memset(check_new((size_t)s.N * size), 0, (size_t)s.N * size);
+        double *da = memset(check_new((size_t)(s.rank * s.K) * size), 0, (size_t)(s.rank * s.K) * size);
+        double *db = memset(check_new((size_t)(s.N * s.rank) * size), 0, (size_t)(s.N * s.rank) * size);
+        for (int64_t i = 0; i < s.rows; i++) {
+            for (int64_t r = 0; r < s.rank; r++)
+                for (int64_t k = 0; k < s.K; k++) u[i * s.rank + r] += scale * l.in[i * s.K + k] * mask[i * s.K + k] * l.a[r * s.K + k];
+            for (int64_t n = 0; n < s.N; n++) {
+                double g = l.dy[i * s.N + n], sum = s.bias ? l.bias[n] : 0;
+                dbias[n] += g;
+                for (int64_t k = 0; k < s.K; k++) {
+                    sum += (double)l.in[i * s.K + k] * l.weight[n * s.K + k];
+                    dw[n * s.K + k] += g * l.in[i * s.K + k];
+                    din[i * s.K + k] += g * l.weight[n * s.K + k];
+                }
+                for (int64_t r = 0; r < s.rank; r++) {
+                    sum += u[i * s.rank + r] * l.b[n * s.rank + r];
+                    db[n * s.rank + r] += g * u[i * s.rank + r];
+                    du[i * s.rank + r] += scale * g * l.b[n * s.rank + r];
+                }
+                y[i * s.N + n] = sum;
+            }
+            for (int64_t r = 0; r < s.rank; r++)
+                for (int64_t k = 0; k < s.K; k++) {
+                    da[r * s.K + k] += du[i * s.rank + r] * l.in[i * s.K + k] * mask[i * s.K + k];
+                    din[i * s.K + k] += du[i * s.rank + r] * l.a[r * s.K + k] * mask[i * s.K + k];
+                }
+        }
+        check_exec(2, forward, &l);
+        CHECK_MREL(what, l.y, y, s.rows * s.N, tolerance);
+        if (s.rank) CHECK_MREL(what, l.u, u, s.rows * s.rank, tolerance);
+        check_exec(2, backward, &l);
+        CHECK_MREL(what, l.din, din, s.rows * s.K, tolerance);
+        CHECK_MREL(what, l.lin.dweight, dw, s.N * s.K, tolerance);
+        if (s.bias) CHECK_MREL(what, l.lin.dbias, dbias, s.N, tolerance);
+        if (s.rank) CHECK_MREL(what, l.lin.lora.da, da, s.rank * s.K, tolerance);
+        if (s.rank) CHECK_MREL(what, l.lin.lora.db, db, s.N * s.rank, tolerance);
+        check_release_buffers();
+    }
+}
+
+#if STV_REAL_BITS == 64
+/* L = sum dy * y: the gradients backward must give. */
+static double weighted_sum(void *context)
+{
+    layer *l = context;
+    double sum = 0;
+    check_exec(1, forward, l);
+    for (int64_t i = 0; i < l->rows * l->lin.n_out; i++) sum += l->dy[i] * l->y[i];
+    return sum;
+}
+
+static void gradients_by_central_differences(void)
+{
+    static const setup small[] = {{4, 5, 3, 0, true, false}, {4, 5, 3, 2, true, false}, {6, 7, 5, 3, true, true}};
+    for (int i = 0; i < 3; i++) {
+        setup s = small[i];
+        layer l = make_layer(s);
+        with_dropout(&l, s.drop);
+        check_exec(1, forward, &l);
+        check_exec(1, backward, &l);
+        check_gradient("din", weighted_sum, &l, l.in, l.din, s.rows * s.K, 1e-6);
+        check_gradient("dweight", weighted_sum, &l, l.weight, l.lin.dweight, s.N * s.K, 1e-6);
+        check_gradient("dbias", weighted_sum, &l, l.bias, l.lin.dbias, s.N, 1e-6);
+        if (!s.rank) continue;
+        check_gradient("da", weighted_sum, &l, l.a, l.lin.lora.da, s.rank * s.K, 1e-6);
+        check_gradient("db", weighted_sum, &l, l.b, l.lin.lora.db, s.N * s.rank, 1e-6);
+    }
+}
+#endif
+
+static void frozen_parts_and_adding(void)
+{
+    setup s = {9, 20, 12, 3, true, true};
+    layer full = make_layer(s), frozen = make_layer(s);
+    with_dropout(&full, true);
+    with_dropout(&frozen, true);
+    frozen.lin.dweight = frozen.lin.dbias = frozen.lin.lora.da = frozen.lin.lora.db = NULL;
+    check_exec(1, forward, &full);
+    check_exec(1, forward, &frozen);
+    check_exec(1, backward, &full);
+    check_exec(1, backward, &frozen);
+    CHECK_SAME_BITS("din does not depend on what trains", full.din, frozen.din, (size_t)(s.rows * s.K) * sizeof(real));
+
+    /* A second backward: parameter gradients double, din is overwritten; the _add form doubles din. */
+    real *din = new_reals(s.rows * s.K, 0), *da = new_reals(s.rank * s.K, 0), *dweight = new_reals(s.N * s.K, 0);
+    for (int64_t i = 0; i < s.rows * s.K; i++) din[i] = 2 * full.din[i];
+    for (int64_t i = 0; i < s.rank * s.K; i++) da[i] = 2 * full.lin.lora.da[i];
+    for (int64_t i = 0; i < s.N * s.K; i++) dweight[i] = 2 * full.lin.dweight[i];
+    check_exec(1, backward_add, &full);
+    CHECK_MREL("din added to", full.din, din, s.rows * s.K, tolerance);
+    CHECK_MREL("da added to", full.lin.lora.da, da, s.rank * s.K, tolerance);
+    CHECK_MREL("dweight added to", full.lin.dweight, dweight, s.N * s.K, tolerance);
+
+    /* No input gradient wanted: the first trainable layer. */
+    layer first = make_layer(s);
+    with_dropout(&first, true);
+    check_exec(1, forward, &first);
+    first.din = NULL;
+    check_exec(1, backward, &first);
+    for (int64_t i = 0; i < s.rank * s.K; i++) da[i] = first.lin.lora.da[i] * 2;
+    CHECK_MREL("da without din", full.lin.lora.da, da, s.rank * s.K, tolerance);
+}
+
+static void adapter_identities(void)
+{
+    setup s = {10, 33, 21, 4, true, false};
+    layer l = make_layer(s), base = make_layer((setup){10, 33, 21, 0, true, false});
+    int64_t n = s.rows * s.N;
+    check_exec(1, forward, &base);
+    real *kept = new_reals(s.N * s.rank, 4);
+    memset(l.b, 0, (size_t)(s.N * s.rank) * sizeof(real));
+    check_exec(1, forward, &l);
+    CHECK_SAME_BITS("B = 0 is the base layer", l.y, base.y, (size_t)n * sizeof(real));
+
+    memcpy(l.b, kept, (size_t)(s.N * s.rank) * sizeof(real));
+    check_exec(1, forward, &l);
+    CHECK(memcmp(l.y, base.y, (size_t)n * sizeof(real)) != 0);
+}
+
+typedef struct merging {
+    real *merged;
+    const stv_linear *lin;
+} merging;
+
+static void merge(stv_exec *x, void *context) { stv_linear_merge(x, ((merging *)context)->merged, ((merging *)context)->lin); }
+
+static void merged_equals_unmerged(void)
+{
+    setup s = {10, 33, 21, 4, true, false};
+    layer l = make_layer(s);
+    check_exec(1, forward, &l);
+    real *merged = new_reals(s.N * s.K, 0), *y = new_reals(s.rows * s.N, 0);
+    check_exec(1, merge, &(merging){merged, &l.lin});
+    layer plain = make_layer((setup){10, 33, 21, 0, true, false});
+    plain.lin.weight = merged;
+    plain.y = y;
+    check_exec(1, forward, &plain);
+    CHECK_MREL("merged", y, l.y, s.rows * s.N, tolerance);
+
+    real *same = new_reals(s.N * s.K, 0);
+    plain.lin.weight = l.weight;
+    check_exec(1, merge, &(merging){same, &plain.lin});
+    CHECK_SAME_BITS("rank 0", same, l.weight, (size_t)(s.N * s.K) * sizeof(real));
+}
+
+static void a_row_does_not_see_its_batch(void)
+{
+    setup s = {40, 70, 50, 6, true, true};
+    layer all = make_layer(s);
+    with_dropout(&all, true);
+    check_exec(4, forward, &all);
+    for (int64_t row = 0; row < s.rows; row += 13) {
+        layer one = make_layer((setup){1, 70, 50, 6, true, true});
+        with_dropout(&one, true);
+        memcpy(one.in, all.in + row * s.K, (size_t)s.K * sizeof(real));
+        one.sample[0] = all.sample[row], one.position[0] = all.position[row];
+        check_exec(1, forward, &one);
+        CHECK_SAME_BITS("one row alone", one.y, all.y + row * s.N, (size_t)s.N * sizeof(real));
+    }
+}
+
+/* ---- dropout ------------------------------------------------------------------------------------------------------------- */
+
+static void dropout_values(void)
+{
+    enum { ROWS = 60, N = 1001 };
+    static uint64_t sample[ROWS];
+    static int32_t position[ROWS];
+    for (int i = 0; i < ROWS; i++) sample[i] = (uint64_t)i, position[i] = i;
+    stv_dropout drop = {5, 6, sample, position};
+    real *in = new_reals(ROWS * N, 1), *y = new_reals(ROWS * N, 0), *threaded = new_reals(ROWS * N, 1);
+    const float p = 0.1f;
+    check_exec(1, apply_dropout, &(dropping){y, in, ROWS, N, p, 3, &drop});
+    int64_t n_kept = 0;
+    for (int64_t i = 0; i < ROWS * N; i++) {
+        real kept = in[i] * (real)(1 / (1 - (double)p));
+        CHECK(y[i] == 0 || y[i] == kept);
+        n_kept += y[i] != 0;
+    }
+    /* 60060 draws: standard deviation 0.0012. */
+    CHECK(fabs((double)n_kept / (ROWS * N) - 0.9) < 0.006);
+
+    /* In place, and in four threads: check_exec applies only once, because the measuring pass touches nothing. */
+    check_exec(4, apply_dropout, &(dropping){threaded, threaded, ROWS, N, p, 3, &drop});
+    CHECK_SAME_BITS("in place, four threads", threaded, y, ROWS * N * sizeof *y);
+    check_exec(1, apply_dropout, &(dropping){y, in, ROWS, N, p, 3, NULL});
+    CHECK_SAME_BITS("evaluation", y, in, ROWS * N * sizeof *y);
+    check_exec(1, apply_dropout, &(dropping){y, in, ROWS, N, 0, 3, &drop});
+    CHECK_SAME_BITS("p = 0", y, in, ROWS * N * sizeof *y);
+}
+
+static int compare_masks(const void *a, const void *b) { return memcmp(a, b, sizeof(uint64_t)); }
+
+/* Every field of the place matters, in its low and its high bits, and no two places of a grid share a mask. */
+static void dropout_places_are_distinct(void)
+{
+    enum { N = 64, N_VALUES = 7, N_PLACES = N_VALUES * N_VALUES * 3 * 3 * 3 };
+    static const uint64_t values[N_VALUES] = {0, 1, 2, 7, (uint64_t)1 << 32, ((uint64_t)1 << 32) + 1, ~(uint64_t)0};
+    static uint64_t masks[N_PLACES];
+    real *ones = new_reals(N, 0), *y = new_reals(N, 0);
+    for (int i = 0; i < N; i++) ones[i] = 1;
+    for (int place = 0; place < N_PLACES; place++) {
+        int rest = place;
+        uint64_t step = values[rest % N_VALUES], sample = values[(rest /= N_VALUES) % N_VALUES];
+        int32_t position = (rest /= N_VALUES) % 3;
+        uint32_t module_id = (uint32_t)((rest /= 3) % 3);
+        stv_dropout drop = {(uint64_t)(rest / 3), step, &sample, &position};
+        check_exec(1, apply_dropout, &(dropping){y, ones, 1, N, 0.5f, module_id, &drop});
+        masks[place] = 0;
+        for (int i = 0; i < N; i++) masks[place] |= (uint64_t)(y[i] != 0) << i;
+    }
+    qsort(masks, N_PLACES, sizeof *masks, compare_masks);
+    for (int i = 1; i < N_PLACES; i++) CHECK(masks[i] != masks[i - 1]);
+}
+
+static void steady_step_allocates_nothing(void)
+{
+    layer l = make_layer((setup){50, 60, 70, 4, true, true});
+    with_dropout(&l, true);
+    stv_pool *pool;
+    stv_arena arena;
+    if (!CHECK(stv_pool_create(&pool, 2) == STV_OK)) return;
+    stv_arena_init_measuring(&arena);
+    stv_exec x = {pool, &arena};
+    forward(&x, &l);
+    backward(&x, &l);
+    if (!CHECK(stv_arena_create(&arena, arena.peak) == STV_OK)) return;
+    uint64_t before = stv_alloc_count();
+    forward(&x, &l);
+    backward(&x, &l);
+    CHECK_INT(stv_alloc_count(), before);
+    stv_arena_free(&arena);
+    stv_pool_free(pool);
+}
+
+static const check_case cases[] = {
+    {"values and gradients by plain loops", values_and_gradients_by_plain_loops},
+#if STV_REAL_BITS == 64
+    {"gradients by central differences", gradients_by_central_differences},
+#endif
+    {"frozen parts and adding", frozen_parts_and_adding},
+    {"adapter identities", adapter_identities},
+    {"merged equals unmerged", merged_equals_unmerged},
+    {"a row does not see its batch", a_row_does_not_see_its_batch},
+    {"dropout values", dropout_values},
+    {"dropout places are distinct", dropout_places_are_distinct},
+    {"steady step allocates nothing", steady_step_allocates_nothing},
+};
+
+int main(int argc, char **argv) { return CHECK_RUN(cases); }
