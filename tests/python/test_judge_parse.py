@@ -1,8 +1,8 @@
 import pytest
 
-from stllava.selftrain.judge_parse import NO_SCORES, parse_scores, parse_scores_compat
+from stllava.selftrain.judge_parse import NO_SCORES, parse_scores
 
-REPLIES = [  # reply, compat, default
+REPLIES = [  # reply, the original's rule, strict
     ("8 7", (8, 7), (8, 7)),
     ("8, 7", NO_SCORES, (8, 7)),
     ("8,7", (8, 7), (8, 7)),
@@ -23,11 +23,7 @@ REPLIES = [  # reply, compat, default
 ]
 
 
-@pytest.mark.parametrize(("reply", "compat", "default"), REPLIES, ids=[repr(row[0])[:20] for row in REPLIES])
-def test_replies(reply, compat, default):
-    assert parse_scores_compat(reply) == compat
-    assert parse_scores(reply) == default
-
-
-def test_the_scale_is_an_argument():
-    assert parse_scores("0 100", low=0, high=100) == (0, 100)
+@pytest.mark.parametrize(("reply", "original", "strict"), REPLIES, ids=[repr(row[0])[:20] for row in REPLIES])
+def test_replies(reply, original, strict):
+    assert parse_scores(reply, strict=False) == original
+    assert parse_scores(reply) == strict
