@@ -17,6 +17,7 @@ import numpy as np
 import stllava_c
 
 from .checkpoint import directory, names
+from .checkpoint.atomic import atomic_directory
 from .checkpoint.peft import LoraConfig
 from .config import LlavaConfig
 from .errors import ConfigError, FormatError
@@ -80,8 +81,9 @@ class LlavaModel:
                      None)
         model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else Tokenizer.from_pretrained(where),
                     image_processor=cls._processor(found.config, tower))
-        for part, config in found.lora_configs.items():
-            model._attach(part, config, found.lora)
+        for part, lora_config in zip(("llm", "vit"), found.lora_configs, strict=True):
+            if lora_config is not None:
+                model.attach_lora(lora_config, {n: t for n, t in found.lora.items() if names.is_tower(n) == (part == "vit")}, part)
         return model
 
     @staticmethod
@@ -92,33 +94,35 @@ class LlavaModel:
             return ImageProcessor.from_pretrained(tower, aspect=config.image_aspect_ratio)
         return ImageProcessor(size=config.vision.image_size, aspect=config.image_aspect_ratio)
 
-    def save_pretrained(self, path: str | os.PathLike[str], *, adapters_only: bool | None = None, format: str = "safetensors",
-                        shard_size: int = 5 * 10**9) -> None:
-        """Writes a directory that `from_pretrained` reads back bit for bit.
+    def save_pretrained(self, path: str | os.PathLike[str], *, format: str = "safetensors", shard_size: int = 5 * 10**9) -> None:
+        """Writes a directory that `from_pretrained` reads back bit for bit; it is complete or not there (see `checkpoint.atomic`).
+
+        A model with adapters saves adapters, projector and configuration, as LLaVA's LoRA training does, for use with the same base;
+        `merge_and_unload` first for a full checkpoint.
 
         Args:
-            adapters_only: adapters, projector and configuration (as LLaVA's LoRA training saves them), for use with the same base;
-                default: when the model has adapters. False merges nothing: it is refused while adapters are attached and not merged.
             format: ``"safetensors"`` or ``"bin"`` (torch zip files). shard_size: bytes per file of a full checkpoint.
 
         Raises:
-            OSError: unwritable directory. ValueError: a full checkpoint asked for with unmerged adapters.
+            OSError: unwritable directory.
         """
-        if adapters_only is None:
-            adapters_only = bool(self.lora)
-        if adapters_only:
+        with atomic_directory(path) as temporary:
+            self.write_files(temporary, format=format, shard_size=shard_size)
+
+    def write_files(self, directory_: str | os.PathLike[str], *, format: str = "safetensors", shard_size: int = 5 * 10**9) -> None:
+        """The files of `save_pretrained` into an existing directory, for those who add their own."""
+        if self.lora:
             lora = self.lora_tensors()
-            directory.write_adapter(path, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
+            directory.write_adapter(directory_, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
                                     {n: t for n, t in lora.items() if names.is_tower(n)},
-                                    {n: t for n, t in self.tensors().items() if names.is_projector(n)}, self.lora, format=format)
+                                    {n: t for n, t in self.tensors().items() if names.is_projector(n)},
+                                    (self.lora.get("llm"), self.lora.get("vit")), format=format)
         else:
-            if self.lora:
-                raise ValueError("save_pretrained: the model has adapters; save them (adapters_only=True) or call merge_and_unload() first")
-            directory.write_full(path, self.config, self.tensors(), shard_size=shard_size, format=format)
+            directory.write_full(directory_, self.config, self.tensors(), shard_size=shard_size, format=format)
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
+            self.tokenizer.save_pretrained(directory_)
         if self.image_processor is not None:
-            self.image_processor.save_pretrained(path)
+            self.image_processor.save_pretrained(directory_)
 
     def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
         wanted = {info.name: info for info in self.core.tensors()}
@@ -148,11 +152,11 @@ class LlavaModel:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Base tensors (no adapters), zero-copy."""
-        return {name: array for name, array in self.named_parameters() if ".lora_" not in name}
+        return {name: array for name, array in self.named_parameters() if not names.is_lora(name)}
 
     def lora_tensors(self) -> dict[str, np.ndarray]:
         """Adapter tensors, zero-copy."""
-        return {name: array for name, array in self.named_parameters() if ".lora_" in name}
+        return {name: array for name, array in self.named_parameters() if names.is_lora(name)}
 
     def set_trainable(self, wanted: Iterable[str]) -> None:
         """These tensors train, in this order; all others are frozen. Optimiser state refers to this order."""
@@ -185,7 +189,7 @@ class LlavaModel:
             influences = {info.name: info.influences for info in self.core.tensors()}
             modules = [module for module in modules if influences[f"{module}.weight"]]
         self._add(part, config, modules)
-        fresh = [f"{module}.lora_{side}.weight" for module in modules for side in "AB"]
+        fresh = [name for module in modules for name in names.lora_pair(module)]
         infos = {info.name: info for info in self.core.tensors()}
         for name in fresh:
             array = np.zeros(infos[name].shape, NUMPY_DTYPE[self.dtype])
@@ -195,13 +199,15 @@ class LlavaModel:
             self.core.bind(name, array)
         return fresh
 
-    def _attach(self, part: str, config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> None:
-        """Adapters read from files: modules are those the files hold."""
-        mine = {name: array for name, array in tensors.items() if names.is_tower(name) == (part == "vit")}
-        modules = sorted({name.rsplit(".lora_", 1)[0] for name in mine})
-        self._add(part, config, modules)
+    def attach_lora(self, config: LoraConfig, tensors: Mapping[str, np.ndarray], part: str = "llm") -> None:
+        """Attaches adapters with values, e.g. from files: canonical name -> array; they go on the modules the names say.
+
+        Raises:
+            FormatError: a tensor does not fit (another base?). ConfigError: the part has adapters already.
+        """
+        self._add(part, config, sorted({names.lora_module(name) for name in tensors}))
         infos = {info.name: info for info in self.core.tensors()}
-        for name, array in mine.items():
+        for name, array in tensors.items():
             if tuple(array.shape) != tuple(infos[name].shape):
                 raise FormatError(f"adapter tensor {name}: want {tuple(infos[name].shape)}, found {tuple(array.shape)}; "
                                   "was it trained on another base?")
@@ -245,7 +251,7 @@ class LlavaModel:
     def merge_and_unload(self) -> Self:
         """A new model whose weights are the merged ones, without adapters."""
         merged = dict(self.tensors())
-        for module in {name.rsplit(".lora_", 1)[0] for name in self.lora_tensors()}:
+        for module in {names.lora_module(name) for name in self.lora_tensors()}:
             merged[f"{module}.weight"] = self.core.effective_weight(module).reshape(merged[f"{module}.weight"].shape)
         return type(self)(self.config, merged, dtype=self.dtype, tokenizer=self.tokenizer, image_processor=self.image_processor)
 

@@ -127,6 +127,16 @@ def may_be_absent(name: str) -> bool:
     return name in _UNUSED
 
 
+def is_tower(name: str) -> bool:
+    """True for tensors and modules of the vision tower."""
+    return name.startswith(TOWER)
+
+
+def is_projector(name: str) -> bool:
+    """True for tensors and modules of the projector."""
+    return name.startswith(PROJECTOR)
+
+
 def is_lora(name: str) -> bool:
     return name.endswith(_LORA_ENDINGS)
 

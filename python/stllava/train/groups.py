@@ -38,7 +38,7 @@ def default_trainable(model: LlavaModel) -> list[str]:
     """What LLaVA's LoRA training trains: every adapter and the whole projector. Without adapters: every tensor."""
     has_adapters = bool(model.lora)
     return [info.name for info in model.core.tensors()
-            if info.bound and (not has_adapters or ".lora_" in info.name or canonical.is_projector(info.name))]
+            if info.bound and (not has_adapters or canonical.is_lora(info.name) or canonical.is_projector(info.name))]
 
 
 def parameter_groups(model: LlavaModel, trainable: list[str], args: TrainingArguments) -> ParameterGroups:

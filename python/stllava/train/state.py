@@ -43,7 +43,7 @@ def save_checkpoint(directory: Path, updater: Updater, state: TrainerState, plan
         for label, flat in (("param", theta), ("exp_avg", updater.exp_avg), ("exp_avg_sq", updater.exp_avg_sq)):
             tensors[f"{label}.{name}"] = flat[where].reshape(infos[name].shape)
     with atomic.atomic_directory(target) as temporary:
-        model.save_pretrained(temporary)
+        model.write_files(temporary)
         safetensors_file.write(temporary / TENSOR_FILE, tensors)
         atomic.write_bytes(temporary / STATE_FILE, state_json(state, updater, plan).encode())
     return target
