@@ -1,9 +1,8 @@
 /* decode.h - bytes of an image file -> 8-bit RGB, for the files where stb_image and Pillow give the same picture.
  *
- * The models were trained on what Pillow reads. Everything that stb_image reads differently, or that has more in it than 8-bit
- * RGB (alpha, 16 bits, CMYK, orientation, animation), is STV_ERR_UNSUPPORTED, and so is every picture when the build has no
- * stb_image: the caller then asks Pillow. JPEG is the exception: stb_image differs from libjpeg by a few grey levels and does
- * not read the EXIF orientation, so callers who need parity do not decode JPEG here. Any number of threads may decode. */
+ * The models were trained on what Pillow reads. What stb_image reads differently or not safely (JPEG), and what has more in it
+ * than 8-bit RGB (alpha, 16 bits, orientation, animation), is STV_ERR_UNSUPPORTED, and so is every picture when the build has
+ * no stb_image: the caller then asks Pillow. Any number of threads may decode. */
 #ifndef STV_IMAGE_DECODE_H
 #define STV_IMAGE_DECODE_H
 
@@ -21,8 +20,8 @@
  * beyond the limits above. */
 stv_status stv_image_probe(const void *bytes, size_t n, int *width_px, int *height_px, int *channels, int *bits);
 
-/* Fills rgb (height_px, width_px, 3); rgb_bytes must be exactly that. The whole file is checked first: PNG checksums, JPEG
- * markers up to the end of image, BMP length. Errors: format = damaged or truncated; unsupported; shape; memory. */
+/* Fills rgb (height_px, width_px, 3); rgb_bytes must be exactly that. The whole file is checked first: PNG structure and
+ * checksums, BMP length. Errors: format = damaged or truncated; unsupported; shape. */
 stv_status stv_image_decode(const void *bytes, size_t n, uint8_t *rgb, size_t rgb_bytes);
 
 #endif
