@@ -12,7 +12,6 @@
 #include <assert.h>
 #include <math.h>
 #include <stdbool.h>
-#include <string.h>
 
 enum { CHANNELS = 3, WEIGHT_BITS = 32 - 8 - 2 }; /* 8-bit pixels, and two bits for the filter's overshoot */
 
