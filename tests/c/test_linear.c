@@ -99,7 +99,7 @@ static const setup setups[] = {
 };
 enum { N_SETUPS = sizeof setups / sizeof *setups };
 
-/* f32: chains of at most 300 products, seen 7e-7; f64: the plain loops below are no better, seen 9e-16. */
+/* f32: chains of at most 300 products, seen 5e-7; f64: the plain loops below are no better, seen 1.2e-15. */
 static const double tolerance = STV_REAL_BITS == 32 ? 3e-6 : 4e-15;
 
 static void values_and_gradients_by_plain_loops(void)
