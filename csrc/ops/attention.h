@@ -11,34 +11,11 @@
 #define STV_OPS_ATTENTION_H
 
 #include "base/exec.h"
+#include "ops/plan.h"
 #include "tensor/real.h"
-
-#include <stdbool.h>
 
 #define stv_attention_forward STV_TYPED(stv_attention_forward)
 #define stv_attention_backward STV_TYPED(stv_attention_backward)
-
-typedef struct stv_span {
-    int64_t row, count; /* keys and values of rows [row, row+count) */
-} stv_span;
-
-typedef struct stv_attn_segment {
-    int64_t q_row, q_count;   /* query (and output) rows */
-    int64_t i_span, n_spans;  /* its spans in stv_attn_plan.spans; causal: the last q_count keys are the segment's own */
-} stv_attn_segment;
-
-typedef struct stv_attn_plan {
-    const stv_attn_segment *segments; /* borrowed */
-    const stv_span *spans;            /* borrowed */
-    const int64_t *group_begin;       /* (n_groups+1) segment ranges; segments of different groups share no key rows */
-    int64_t n_segments, n_groups;
-    bool causal;
-    int64_t window;                   /* keys with position <= query position - window are not seen; 0: no window */
-} stv_attn_plan;
-
-typedef struct stv_attn_shape {
-    int64_t n_heads, n_kv_heads, head_dim; /* query head h reads kv head h / (n_heads / n_kv_heads) */
-} stv_attn_shape;
 
 /* out (q rows, n_heads, head_dim), lse (q rows, n_heads) = log sum exp of the scaled scores, saved for backward.
  * q (q rows, n_heads, head_dim); k, v (key rows, n_kv_heads, head_dim). */

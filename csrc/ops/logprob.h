@@ -8,19 +8,12 @@
 #define STV_OPS_LOGPROB_H
 
 #include "base/exec.h"
+#include "ops/plan.h"
 #include "tensor/real.h"
 
 #define stv_logprob_forward STV_TYPED(stv_logprob_forward)
 #define stv_logprob_backward STV_TYPED(stv_logprob_backward)
 #define stv_mean_logit STV_TYPED(stv_mean_logit)
-
-/* Targets grouped by hidden row: row i carries targets order[row_begin[i] .. row_begin[i+1]). Borrowed. */
-typedef struct stv_targets {
-    int64_t n_rows, n_targets;
-    const int64_t *row_begin; /* (n_rows+1) */
-    const int64_t *order;     /* (n_targets) target numbers, grouped by row */
-    const int32_t *token;     /* (n_targets) by target number */
-} stv_targets;
 
 /* logp (n_targets), lse (n_rows) in double; h (n_rows,D), w (V,D). */
 void stv_logprob_forward(stv_exec *x, double *logp, double *lse, const real *h, const real *w, int64_t D, int64_t V,
