@@ -31,11 +31,13 @@ static void drop_row(const dropout_job *job, int64_t row)
     uint32_t counter[4] = {0, (uint32_t)job->drop->row_position[row], job->module_id, r[0]};
     real *y = job->y + row * job->n;
     const real *in = job->in + row * job->n;
+    const real factor[2] = {0, job->scale}; /* looked up: a branch on a random bit is guessed wrong */
     for (int64_t col = 0; col < job->n; col += 4) {
         uint32_t draws[4];
         counter[0] = (uint32_t)(col / 4);
         stv_philox(draws, counter, r[1], r[2]);
-        for (int64_t j = 0; j < 4 && col + j < job->n; j++) y[col + j] = draws[j] < job->threshold ? 0 : in[col + j] * job->scale;
+        int64_t count = job->n - col < 4 ? job->n - col : 4;
+        for (int64_t j = 0; j < count; j++) y[col + j] = in[col + j] * factor[draws[j] >= job->threshold];
     }
 }
 
