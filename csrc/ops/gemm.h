@@ -1,8 +1,7 @@
 /* gemm.h - matrix products. Row-major, contiguous.
  *
- * Batch invariance: a row of the result has the same bits whatever M is. So the kernel is chosen by N*K only, never by M: small
- * products run on our own fixed-order kernel, large ones on OpenBLAS, called single-threaded on row tiles of one fixed size
- * (the last one padded). Threads split the output, never a sum.
+ * Batch invariance: a row of the result has the same bits whatever M is, in any place, at any thread count. All products run on our own kernel,
+ * where every output is one chain of FMAs over k in order (gemm_kernel.h); gemm.c says why not on a BLAS. Threads split the output, never a sum.
  *
  * Both precisions are declared here, because the cluster projector of an f32 model computes its rounds in f64. */
 #ifndef STV_OPS_GEMM_H
