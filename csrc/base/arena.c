@@ -28,6 +28,17 @@ stv_status stv_arena_create(stv_arena *arena, size_t capacity)
     return STV_OK;
 }
 
+stv_status stv_arena_reserve(stv_arena *arena, size_t capacity)
+{
+    if (!arena->base || arena->capacity < capacity) {
+        stv_arena_free(arena); /* first, so that the two blocks never exist together */
+        return stv_arena_create(arena, capacity);
+    }
+    stv_arena_release(arena, 0);
+    arena->peak = 0;
+    return STV_OK;
+}
+
 void stv_arena_free(stv_arena *arena)
 {
     if (arena->base) ASAN_UNPOISON_MEMORY_REGION(arena->base, arena->capacity);

@@ -27,6 +27,8 @@ typedef struct stv_arena {
 void stv_arena_init_measuring(stv_arena *arena);
 /* Owns `capacity` bytes until stv_arena_free. Errors: memory. */
 stv_status stv_arena_create(stv_arena *arena, size_t capacity);
+/* Empties a real (or zeroed) arena and makes it hold `capacity` bytes; a new block only if it was too small. Errors: memory (then it holds nothing). */
+stv_status stv_arena_reserve(stv_arena *arena, size_t capacity);
 void stv_arena_free(stv_arena *arena); /* takes an arena that was zeroed or freed */
 
 /* 64-byte aligned, uninitialised, never NULL: a real arena was measured first (asserted). */
