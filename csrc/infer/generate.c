@@ -1,0 +1,261 @@
+#include "infer/generate.h"
+
+#include "base/rng.h"
+#include "infer/kv_cache.h"
+#include "infer/sampler.h"
+#include "model/llava.h"
+#include "ops/gemm.h"
+#include "ops/rows.h"
+
+#include <math.h>
+#include <string.h>
+
+/* ---- creation ------------------------------------------------------------------------------------------------------------ */
+
+static stv_status check(const stv_model *model, const stv_batch *batch, const stv_forward_options *forward, const stv_generate_options *o)
+{
+    STV_TRY(stv_inputs_check(model, batch, forward));
+    STV_TRY(stv_sampling_check(&o->sampling));
+    if (o->n_per_sequence < 1 || o->n_per_sequence > 1 << 20)
+        return stv_fail(STV_ERR_ARGUMENT, "generator: n_per_sequence is %lld, want 1..%d", (long long)o->n_per_sequence, 1 << 20);
+    if (o->max_new_tokens < 1 || o->max_new_tokens > 1 << 24)
+        return stv_fail(STV_ERR_ARGUMENT, "generator: max_new_tokens is %lld, want 1..%d", (long long)o->max_new_tokens, 1 << 24);
+    if (o->n_eos < 0 || (o->n_eos > 0 && !o->eos_ids)) return stv_fail(STV_ERR_ARGUMENT, "generator: %lld eos ids, but none given", (long long)o->n_eos);
+    for (int64_t q = 0; q < batch->view.n_sequences; q++)
+        if (batch->sequence_last_row[q] < 0) return stv_fail(STV_ERR_ARGUMENT, "generator: sequence %lld has no tokens to continue", (long long)q);
+    return STV_OK;
+}
+
+static bool allocate(stv_generator *g, const stv_generate_options *o)
+{
+    size_t n = (size_t)g->n, size;
+    if (!stv_size_mul(&size, n * sizeof(real), (size_t)g->model->config.decoder.vocab_size)) return false;
+    g->eos_ids = stv_alloc((size_t)o->n_eos * sizeof *g->eos_ids);
+    g->seeds = stv_alloc(n * sizeof *g->seeds);
+    g->finished = stv_alloc_zero(n * sizeof *g->finished);
+    g->active = stv_alloc(n * sizeof *g->active);
+    g->next_token = stv_alloc_zero(n * sizeof *g->next_token);
+    g->draw_logp = stv_alloc(n * sizeof *g->draw_logp);
+    g->draw_token = stv_alloc(n * sizeof *g->draw_token);
+    g->logits = stv_alloc(size);
+    g->cache = stv_alloc_zero(sizeof *g->cache);
+    return g->eos_ids && g->seeds && g->finished && g->active && g->next_token && g->draw_logp && g->draw_token && g->logits && g->cache;
+}
+
+static void list_active(stv_generator *g)
+{
+    g->n_active = 0;
+    for (int64_t i = 0; i < g->n; i++)
+        if (!g->finished[i]) g->active[g->n_active++] = i;
+}
+
+/* Logits (head->n, V) in the arena. */
+static real *logits_of(stv_exec *x, const stv_generator *g, stv_decoder_head *head, const real *stream)
+{
+    const stv_decoder_config *c = &g->model->config.decoder;
+    stv_decoder_head_forward(x, head, &g->pass->weights, stream);
+    real *logits = stv_reals(x, head->n, c->vocab_size);
+    stv_matmul_nt(x, logits, head->h, stv_weight(&g->pass->weights, g->model->decoder.head), head->n, c->vocab_size, c->hidden_size, false);
+    return logits;
+}
+
+static void prefill(stv_exec *x, stv_generator *g, const stv_batch *batch)
+{
+    int64_t V = g->model->config.decoder.vocab_size;
+    stv_decoder_head head = {.row = batch->sequence_last_row, .n = batch->view.n_sequences};
+    stv_llava_rows(x, g->pass);
+    const real *logits = logits_of(x, g, &head, g->pass->stream);
+    if (stv_measuring(x)) return;
+    for (int64_t i = 0; i < g->n; i++) memcpy((real *)g->logits + i * V, logits + i / g->cache->n_per_sequence * V, (size_t)V * sizeof(real));
+}
+
+/* ---- one step ------------------------------------------------------------------------------------------------------------ */
+
+/* All active continuations, one row each, through the same layers as any other pass. */
+static void decode(stv_exec *x, stv_generator *g)
+{
+    const stv_decoder_config *c = &g->model->config.decoder;
+    stv_decoder_pass *pass = &g->pass->decoder;
+    int64_t n = g->n_active, V = c->vocab_size;
+    pass->n_rows = n;
+    pass->position = g->cache->position;
+    pass->plan = &g->cache->plan;
+    int64_t *every = stv_arena_alloc(x->arena, (size_t)n * sizeof *every);
+    for (int64_t i = 0; i < n && !stv_measuring(x); i++) every[i] = i;
+    real *in = stv_reals(x, n, c->hidden_size);
+    stv_gather_rows(x, in, stv_weight(pass->weights, g->model->decoder.embed), g->next_token, n, c->hidden_size);
+    const real *stream = stv_decoder_forward(x, pass, in);
+    stv_decoder_head head = {.row = every, .n = n};
+    const real *logits = logits_of(x, g, &head, stream);
+    if (stv_measuring(x)) return;
+    for (int64_t i = 0; i < n; i++) memcpy((real *)g->logits + g->active[i] * V, logits + i * V, (size_t)V * sizeof(real));
+}
+
+typedef struct draw_args {
+    stv_generator *g;
+    double *logits, *probabilities; /* (workers,V) */
+    int32_t *order;                 /* (workers,V) */
+} draw_args;
+
+static void draw(void *arg, int64_t i_task, int i_worker)
+{
+    draw_args *a = arg;
+    stv_generator *g = a->g;
+    int64_t V = g->model->config.decoder.vocab_size, i = g->active[i_task];
+    const real *from = (const real *)g->logits + i * V;
+    double *logits = a->logits + i_worker * V, *probabilities = a->probabilities + i_worker * V, sum = 0;
+    int64_t best = 0;
+    for (int64_t v = 0; v < V; v++) {
+        logits[v] = (double)from[v];
+        if (logits[v] > logits[best]) best = v;
+    }
+    for (int64_t v = 0; v < V; v++) sum += exp(logits[v] - logits[best]);
+    int32_t token = (int32_t)best;
+    if (g->sampling.temperature > 0 && isfinite(sum)) {
+        stv_sampling_filter(probabilities, a->order + i_worker * V, logits, V, &g->sampling);
+        token = stv_sample_token(probabilities, V, stv_rng_uniform(g->seeds[i], STV_RNG_SAMPLE, (uint64_t)g->n_steps, 0));
+    }
+    g->draw_token[i_task] = token;
+    g->draw_logp[i_task] = logits[token] - logits[best] - log(sum);
+}
+
+static void draw_all(stv_exec *x, stv_generator *g)
+{
+    size_t n = (size_t)stv_pool_n_threads(x->pool) * (size_t)g->model->config.decoder.vocab_size;
+    draw_args args = {g, stv_arena_alloc(x->arena, n * sizeof(double)), stv_arena_alloc(x->arena, n * sizeof(double)),
+                      stv_arena_alloc(x->arena, n * sizeof(int32_t))};
+    if (!stv_measuring(x)) stv_pool_run(x->pool, g->n_active, draw, &args);
+}
+
+static stv_status in_arena(stv_generator *g, void (*body)(stv_exec *, stv_generator *))
+{
+    stv_arena measuring;
+    stv_arena_init_measuring(&measuring);
+    stv_exec x = {g->model->context->pool, &measuring};
+    body(&x, g);
+    STV_TRY(stv_arena_reserve(&g->arena, measuring.peak));
+    x.arena = &g->arena;
+    body(&x, g);
+    return STV_OK;
+}
+
+static bool ends(const stv_generator *g, int32_t token)
+{
+    for (int64_t e = 0; e < g->n_eos; e++)
+        if (g->eos_ids[e] == token) return true;
+    return false;
+}
+
+stv_status STV_TYPED(stv_generator_step)(stv_generator *g, int32_t *tokens, double *logp)
+{
+    if (g->layout != g->model->layout) return stv_fail(STV_ERR_STATE, "generator: what trains or is merged has changed since its creation");
+    STV_TRY(in_arena(g, draw_all));
+    for (int64_t i = 0; i < g->n_active; i++)
+        if (!isfinite(g->draw_logp[i]))
+            return stv_fail(STV_ERR_NUMERIC, "generator: the logits of continuation %lld, token %lld hold NaN or Inf", (long long)g->active[i],
+                            (long long)g->n_steps);
+    for (int64_t i = 0; i < g->n; i++) tokens[i] = -1;
+    for (int64_t i = 0; logp && i < g->n; i++) logp[i] = 0;
+    g->n_steps++;
+    for (int64_t i = 0; i < g->n_active; i++) {
+        int64_t number = g->active[i];
+        tokens[number] = g->draw_token[i];
+        if (logp) logp[number] = g->draw_logp[i];
+        g->finished[number] = ends(g, g->draw_token[i]) || g->n_steps == g->max_new_tokens;
+    }
+    list_active(g);
+    for (int64_t i = 0; i < g->n_active; i++) g->next_token[i] = tokens[g->active[i]];
+    if (g->n_active == 0) return STV_OK;
+    stv_kv_cache_plan(g->cache, g->active, g->n_active);
+    STV_TRY(in_arena(g, decode));
+    for (int64_t i = 0; i < g->n_active; i++) g->cache->length[g->active[i]]++;
+    return STV_OK;
+}
+
+stv_status STV_TYPED(stv_generator_finish)(stv_generator *g, int64_t i)
+{
+    if (i < 0 || i >= g->n) return stv_fail(STV_ERR_ARGUMENT, "generator: continuation %lld, want 0..%lld", (long long)i, (long long)g->n - 1);
+    g->finished[i] = true;
+    list_active(g);
+    return STV_OK;
+}
+
+/* ---- creation, continued --------------------------------------------------------------------------------------------------- */
+
+/* The arena at its largest: every continuation alive, at its last token. */
+static stv_status reserve_steps(stv_generator *g)
+{
+    stv_arena measuring;
+    stv_arena_init_measuring(&measuring);
+    stv_exec x = {g->model->context->pool, &measuring};
+    for (int64_t i = 0; i < g->n; i++) g->cache->length[i] = g->max_new_tokens - 1;
+    stv_kv_cache_plan(g->cache, g->active, g->n);
+    decode(&x, g);
+    stv_arena_release(&measuring, 0);
+    draw_all(&x, g);
+    for (int64_t i = 0; i < g->n; i++) g->cache->length[i] = 0;
+    stv_arena_free(&g->arena); /* the prompts' activations */
+    return stv_arena_reserve(&g->arena, measuring.peak);
+}
+
+static stv_status start(stv_generator *g, const stv_batch *batch, const stv_generate_options *o)
+{
+    if (!allocate(g, o)) return stv_fail(STV_ERR_MEMORY, "generator: no memory for %lld continuations", (long long)g->n);
+    memcpy(g->eos_ids, o->eos_ids ? o->eos_ids : g->eos_ids, (size_t)o->n_eos * sizeof *g->eos_ids);
+    for (int64_t i = 0; i < g->n; i++) g->seeds[i] = o->seeds ? o->seeds[i] : (uint64_t)i;
+    list_active(g);
+    STV_TRY(stv_kv_cache_create(g->cache, g->model, batch, o->n_per_sequence, o->max_new_tokens));
+    STV_TRY(stv_llava_create(&g->pass, g->model));
+    STV_TRY(stv_llava_init(g->pass, batch, &g->forward));
+    g->pass->decoder.cache = &g->cache->rows;
+
+    stv_arena measuring;
+    stv_arena_init_measuring(&measuring);
+    stv_exec x = {g->model->context->pool, &measuring};
+    prefill(&x, g, batch);
+    STV_TRY(stv_arena_reserve(&g->arena, measuring.peak));
+    x.arena = &g->arena;
+    prefill(&x, g, batch);
+    return reserve_steps(g);
+}
+
+stv_status STV_TYPED(stv_generator_create)(stv_generator **out, stv_model *model, const stv_batch *batch, const stv_forward_options *forward,
+                                           const stv_generate_options *options)
+{
+    *out = NULL;
+    stv_forward_options only = {.pixels = forward->pixels, .features = forward->features, .n_images = forward->n_images, .theta = forward->theta,
+                                .adapters = forward->adapters};
+    STV_TRY(check(model, batch, &only, options));
+    stv_generator *g = stv_alloc_zero(sizeof *g);
+    if (!g) return stv_fail(STV_ERR_MEMORY, "no memory for a generator");
+    model->n_users++;
+    g->model = model;
+    g->layout = model->layout;
+    g->sampling = options->sampling;
+    g->forward = only;
+    g->n = batch->view.n_sequences * options->n_per_sequence;
+    g->max_new_tokens = options->max_new_tokens;
+    g->n_eos = options->n_eos;
+    stv_status status = start(g, batch, options);
+    if (status == STV_OK) *out = g;
+    else STV_TYPED(stv_generator_free)(g);
+    return status;
+}
+
+void STV_TYPED(stv_generator_free)(stv_generator *g)
+{
+    g->model->n_users--;
+    if (g->cache) stv_kv_cache_free(g->cache);
+    stv_llava_free(g->pass);
+    stv_arena_free(&g->arena);
+    stv_free(g->cache);
+    stv_free(g->eos_ids);
+    stv_free(g->seeds);
+    stv_free(g->finished);
+    stv_free(g->active);
+    stv_free(g->next_token);
+    stv_free(g->draw_logp);
+    stv_free(g->draw_token);
+    stv_free(g->logits);
+    stv_free(g);
+}

@@ -1,0 +1,416 @@
+/* projector_cluster.c - one image after another; the matrix products run on all threads, the elementwise work between them (a few million
+ * elements an image, against 2.6 GFLOP of products at real size) on one. */
+#include "model/projector_cluster.h"
+
+#include "ops/gemm.h"
+#include "ops/rows.h"
+
+#include <math.h>
+#include <string.h>
+
+static const double EPS = 1e-12;
+
+static double *doubles(stv_exec *x, int64_t rows, int64_t cols)
+{
+    size_t size_bytes;
+    if (!stv_size_mul(&size_bytes, (size_t)rows, (size_t)cols) || !stv_size_mul(&size_bytes, size_bytes, sizeof(double))) size_bytes = SIZE_MAX;
+    return stv_arena_alloc(x->arena, size_bytes);
+}
+
+static double *widened(stv_exec *x, const real *in, int64_t rows, int64_t cols)
+{
+    double *out = doubles(x, rows, cols);
+    if (!stv_measuring(x))
+        for (int64_t i = 0; i < rows * cols; i++) out[i] = (double)in[i];
+    return out;
+}
+
+static double dot(const double *a, const double *b, int64_t n)
+{
+    double lane[4] = {0};
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        for (int j = 0; j < 4; j++) lane[j] += a[i + j] * b[i + j];
+    for (; i < n; i++) lane[0] += a[i] * b[i];
+    return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+}
+
+static void add_scaled(double *y, double a, const double *in, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) y[i] += a * in[i];
+}
+
+/* ---- the small operators, each with its backward ----------------------------------------------------------------------------- */
+
+/* Bin i of N covers tokens floor(i L / N) .. ceil((i+1) L / N) - 1; bins may share a token. */
+static int64_t bin_begin(int64_t i, int64_t L, int64_t N) { return i * L / N; }
+static int64_t bin_end(int64_t i, int64_t L, int64_t N) { return ((i + 1) * L + N - 1) / N; }
+
+/* out (N,E) */
+static void pool_forward(double *out, const double *in, int64_t L, int64_t N, int64_t E)
+{
+    memset(out, 0, (size_t)(N * E) * sizeof *out);
+    for (int64_t i = 0; i < N; i++) {
+        int64_t begin = bin_begin(i, L, N), end = bin_end(i, L, N);
+        for (int64_t l = begin; l < end; l++) add_scaled(out + i * E, 1, in + l * E, E);
+        for (int64_t e = 0; e < E; e++) out[i * E + e] /= (double)(end - begin);
+    }
+}
+
+static void pool_backward_add(double *din, const double *dout, int64_t L, int64_t N, int64_t E)
+{
+    for (int64_t i = 0; i < N; i++) {
+        int64_t begin = bin_begin(i, L, N), end = bin_end(i, L, N);
+        for (int64_t l = begin; l < end; l++) add_scaled(din + l * E, 1 / (double)(end - begin), dout + i * E, E);
+    }
+}
+
+/* Rows to unit length. out (n,E), norm (n) */
+static void row_norm_forward(double *out, double *norm, const double *in, int64_t n, int64_t E)
+{
+    for (int64_t i = 0; i < n; i++) {
+        norm[i] = sqrt(dot(in + i * E, in + i * E, E));
+        double length = norm[i] > EPS ? norm[i] : EPS;
+        for (int64_t e = 0; e < E; e++) out[i * E + e] = in[i * E + e] / length;
+    }
+}
+
+/* din (n,E) may be dout: din = (dout - out (out . dout)) / norm; a clamped norm is a constant. */
+static void row_norm_backward(double *din, const double *dout, const double *out, const double *norm, int64_t n, int64_t E)
+{
+    for (int64_t i = 0; i < n; i++) {
+        bool clamped = !(norm[i] > EPS);
+        double length = clamped ? EPS : norm[i], along = clamped ? 0 : dot(out + i * E, dout + i * E, E);
+        for (int64_t e = 0; e < E; e++) din[i * E + e] = (dout[i * E + e] - out[i * E + e] * along) / length;
+    }
+}
+
+/* Columns (channels over the tokens) to unit length. out (L,E), norm (E) */
+static void token_norm_forward(double *out, double *norm, const double *in, int64_t L, int64_t E)
+{
+    memset(norm, 0, (size_t)E * sizeof *norm);
+    for (int64_t l = 0; l < L; l++)
+        for (int64_t e = 0; e < E; e++) norm[e] += in[l * E + e] * in[l * E + e];
+    for (int64_t e = 0; e < E; e++) norm[e] = sqrt(norm[e]);
+    for (int64_t l = 0; l < L; l++)
+        for (int64_t e = 0; e < E; e++) out[l * E + e] = in[l * E + e] / (norm[e] > EPS ? norm[e] : EPS);
+}
+
+/* d (L,E) in place; along (E) is scratch. */
+static void token_norm_backward(double *d, double *along, const double *out, const double *norm, int64_t L, int64_t E)
+{
+    memset(along, 0, (size_t)E * sizeof *along);
+    for (int64_t l = 0; l < L; l++)
+        for (int64_t e = 0; e < E; e++) along[e] += out[l * E + e] * d[l * E + e];
+    for (int64_t l = 0; l < L; l++)
+        for (int64_t e = 0; e < E; e++) {
+            bool clamped = !(norm[e] > EPS);
+            d[l * E + e] = (d[l * E + e] - (clamped ? 0 : out[l * E + e] * along[e])) / (clamped ? EPS : norm[e]);
+        }
+}
+
+/* Over the centres, in place on a (N,L): the columns sum to one. max, sum (L) are scratch. */
+static void center_softmax_forward(double *a, double *max, double *sum, int64_t N, int64_t L)
+{
+    for (int64_t l = 0; l < L; l++) {
+        max[l] = a[l];
+        sum[l] = 0;
+    }
+    for (int64_t i = 1; i < N; i++)
+        for (int64_t l = 0; l < L; l++) max[l] = a[i * L + l] > max[l] ? a[i * L + l] : max[l];
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t l = 0; l < L; l++) sum[l] += a[i * L + l] = exp(a[i * L + l] - max[l]);
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t l = 0; l < L; l++) a[i * L + l] /= sum[l];
+}
+
+/* d (N,L) in place: d = w (d - sum over centres of w d). sum (L) is scratch. */
+static void center_softmax_backward(double *d, double *sum, const double *w, int64_t N, int64_t L)
+{
+    memset(sum, 0, (size_t)L * sizeof *sum);
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t l = 0; l < L; l++) sum[l] += w[i * L + l] * d[i * L + l];
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t l = 0; l < L; l++) d[i * L + l] = w[i * L + l] * (d[i * L + l] - sum[l]);
+}
+
+/* ---- one image ------------------------------------------------------------------------------------------------------------- */
+
+typedef struct sizes {
+    int64_t L, E, N, rounds;
+} sizes;
+
+static sizes sizes_of(const stv_weights *weights, int64_t n_tokens)
+{
+    const stv_projector_config *c = &weights->model->config.projector;
+    return (sizes){n_tokens, c->in_size, c->n_centers, c->n_rounds};
+}
+
+/* The part of `saved` that belongs to image i. Addresses only: valid while measuring too. */
+static stv_cluster_saved image_of(const stv_cluster_saved *saved, int64_t i, sizes z)
+{
+    int64_t tokens = i * z.L, centers = i * z.N * z.E;
+    return (stv_cluster_saved){
+        .v = saved->v + tokens * z.E, .f = saved->f + tokens * z.E, .c_in = saved->c_in + centers * z.rounds, .p = saved->p + centers * z.rounds,
+        .w = saved->w + i * z.rounds * z.N * z.L, .c = saved->c + centers, .g = saved->g + centers, .cosine = saved->cosine + tokens,
+        .s = saved->s + tokens, .margin = saved->margin + tokens, .assigned = saved->assigned + tokens, .n_assigned = saved->n_assigned + i * z.N,
+    };
+}
+
+static double sigmoid(double z) { return z >= 0 ? 1 / (1 + exp(-z)) : exp(z) / (1 + exp(z)); }
+
+/* similarity (N,L) holds the cosines. */
+static void assign(stv_cluster_saved *o, const double *similarity, double alpha, double beta, sizes z)
+{
+    memset(o->n_assigned, 0, (size_t)z.N * sizeof *o->n_assigned);
+    for (int64_t l = 0; l < z.L; l++) {
+        double best = -1, second = 0;
+        for (int64_t i = 0; i < z.N; i++) {
+            double cosine = similarity[i * z.L + l], s = sigmoid(beta + alpha * cosine);
+            if (s > best) {
+                second = best > 0 ? best : 0;
+                best = s;
+                o->assigned[l] = (int32_t)i;
+                o->cosine[l] = cosine;
+            } else if (s > second) {
+                second = s;
+            }
+        }
+        if (best < 0) { /* not a number: any centre does, the result shows it */
+            o->assigned[l] = 0;
+            o->cosine[l] = best = similarity[l];
+        }
+        o->s[l] = best;
+        o->margin[l] = best - second;
+        o->n_assigned[o->assigned[l]]++;
+    }
+}
+
+/* g (N,E) holds the pooled F; becomes what the centres gathered. y = x + s g. */
+static void gather_and_spread(real *y, stv_cluster_saved *o, const double *tokens, const double *f, sizes z)
+{
+    for (int64_t l = 0; l < z.L; l++) add_scaled(o->g + o->assigned[l] * z.E, o->s[l], f + l * z.E, z.E);
+    for (int64_t i = 0; i < z.N; i++)
+        for (int64_t e = 0; e < z.E; e++) o->g[i * z.E + e] /= (double)(o->n_assigned[i] + 1);
+    for (int64_t l = 0; l < z.L; l++) {
+        const double *g = o->g + o->assigned[l] * z.E;
+        for (int64_t e = 0; e < z.E; e++) y[l * z.E + e] = (real)(tokens[l * z.E + e] + o->s[l] * g[e]);
+    }
+}
+
+/* Linear_c in double. */
+typedef struct center_linear {
+    const double *weight, *bias;
+    double *dweight, *dbias; /* summed over images; NULL when frozen */
+} center_linear;
+
+static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real *in, const center_linear *c, const stv_weights *weights, sizes z)
+{
+    int64_t L = z.L, E = z.E, N = z.N;
+    size_t mark = stv_arena_mark(x->arena);
+    double *tokens = widened(x, in, L, E), *v = widened(x, o->v, L, E), *f = widened(x, o->f, L, E);
+    double *norm = doubles(x, 1, L > E ? L : E), *sum = doubles(x, 1, L), *row_norms = doubles(x, 1, L > N ? L : N), *p_hat = doubles(x, N, E);
+    double *similarity = doubles(x, N, L);
+    bool measuring = stv_measuring(x);
+    if (!measuring) {
+        token_norm_forward(v, norm, v, L, E);
+        pool_forward(o->c_in, tokens, L, N, E);
+        pool_forward(o->g, f, L, N, E);
+    }
+    for (int64_t t = 0; t < z.rounds; t++) {
+        double *c_in = o->c_in + t * N * E, *p = o->p + t * N * E, *w = o->w + t * N * L;
+        if (!measuring)
+            for (int64_t i = 0; i < N; i++) memcpy(p + i * E, c->bias, (size_t)E * sizeof *p);
+        stv_matmul_nt_f64(x, p, c_in, c->weight, N, E, E, true);
+        if (!measuring) row_norm_forward(p_hat, row_norms, p, N, E);
+        stv_matmul_nt_f64(x, w, p_hat, v, N, L, E, false);
+        if (!measuring) center_softmax_forward(w, norm, sum, N, L);
+        stv_matmul_nn_f64(x, t + 1 < z.rounds ? c_in + N * E : o->c, w, f, N, E, L, false);
+    }
+    double *x_hat = doubles(x, L, E);
+    if (!measuring) {
+        row_norm_forward(p_hat, row_norms, o->c, N, E);
+        row_norm_forward(x_hat, row_norms, tokens, L, E);
+    }
+    stv_matmul_nt_f64(x, similarity, p_hat, x_hat, N, L, E, false);
+    if (!measuring) {
+        const stv_projector_params *ids = &weights->model->projector;
+        assign(o, similarity, (double)*stv_weight(weights, ids->sim_alpha), (double)*stv_weight(weights, ids->sim_beta), z);
+        gather_and_spread(y, o, tokens, f, z);
+    }
+    stv_arena_release(x->arena, mark);
+}
+
+typedef struct image_grads { /* of one image; x_hat and c_hat are unit rows of x and C */
+    double *dx, *df;          /* (L,E) */
+    double *dx_hat, *dc_hat;  /* (L,E), (N,E) */
+    double *dg;               /* (N,E) */
+    double dalpha, dbeta;
+} image_grads;
+
+/* Steps 5, 4 and 3 upside down, as far as the unit rows. All of grads but the scalars starts at zero. */
+static void assignment_backward(image_grads *d, const real *dy, const stv_cluster_saved *o, const double *f, const double *x_hat, const double *c_hat,
+                                double alpha, double *ds, double *row, sizes z)
+{
+    int64_t L = z.L, E = z.E;
+    for (int64_t l = 0; l < L; l++) {
+        int64_t a = o->assigned[l] * E;
+        for (int64_t e = 0; e < E; e++) row[e] = d->dx[l * E + e] = (double)dy[l * E + e];
+        ds[l] = dot(row, o->g + a, E);
+        add_scaled(d->dg + a, o->s[l], row, E);
+    }
+    for (int64_t i = 0; i < z.N; i++)
+        for (int64_t e = 0; e < E; e++) d->dg[i * E + e] /= (double)(o->n_assigned[i] + 1);
+    pool_backward_add(d->df, d->dg, L, z.N, E);
+    for (int64_t l = 0; l < L; l++) {
+        int64_t a = o->assigned[l] * E;
+        ds[l] += dot(f + l * E, d->dg + a, E);
+        add_scaled(d->df + l * E, o->s[l], d->dg + a, E);
+        double dz = ds[l] * o->s[l] * (1 - o->s[l]);
+        d->dbeta += dz;
+        d->dalpha += dz * o->cosine[l];
+        add_scaled(d->dc_hat + a, dz * alpha, x_hat + l * E, E);
+        add_scaled(d->dx_hat + l * E, dz * alpha, c_hat + a, E);
+    }
+}
+
+/* dv, df (L,E) in the model's precision, for v and f's linear backward; dx (L,E) written to din unless NULL. */
+static void image_backward(stv_exec *x, real *din, real *dv_out, real *df_out, const real *dy, const real *in, const stv_cluster_saved *o,
+                           const center_linear *c, const stv_weights *weights, double dscalars[2], sizes z)
+{
+    int64_t L = z.L, E = z.E, N = z.N;
+    size_t mark = stv_arena_mark(x->arena);
+    bool measuring = stv_measuring(x);
+    double *tokens = widened(x, in, L, E), *v_hat = widened(x, o->v, L, E), *f = widened(x, o->f, L, E);
+    double *x_hat = doubles(x, L, E), *c_hat = doubles(x, N, E), *dc = doubles(x, N, E), *dv = doubles(x, L, E), *dw = doubles(x, N, L);
+    double *v_norm = doubles(x, 1, E), *x_norm = doubles(x, 1, L), *c_norm = doubles(x, 1, N), *scratch = doubles(x, 1, L > E ? L : E);
+    double *ds = doubles(x, 1, L);
+    image_grads d = {.dx = doubles(x, L, E), .df = doubles(x, L, E), .dx_hat = doubles(x, L, E), .dc_hat = doubles(x, N, E), .dg = doubles(x, N, E)};
+    if (!measuring) {
+        token_norm_forward(v_hat, v_norm, v_hat, L, E);
+        row_norm_forward(x_hat, x_norm, tokens, L, E);
+        row_norm_forward(c_hat, c_norm, o->c, N, E);
+        memset(d.df, 0, (size_t)(L * E) * sizeof(double));
+        memset(d.dx_hat, 0, (size_t)(L * E) * sizeof(double));
+        memset(d.dc_hat, 0, (size_t)(N * E) * sizeof(double));
+        memset(d.dg, 0, (size_t)(N * E) * sizeof(double));
+        memset(dv, 0, (size_t)(L * E) * sizeof(double));
+        double alpha = (double)*stv_weight(weights, weights->model->projector.sim_alpha);
+        assignment_backward(&d, dy, o, f, x_hat, c_hat, alpha, ds, scratch, z);
+        row_norm_backward(d.dx_hat, d.dx_hat, x_hat, x_norm, L, E);
+        add_scaled(d.dx, 1, d.dx_hat, L * E);
+        row_norm_backward(dc, d.dc_hat, c_hat, c_norm, N, E);
+        dscalars[0] += d.dalpha;
+        dscalars[1] += d.dbeta;
+    }
+    for (int64_t t = z.rounds - 1; t >= 0; t--) { /* c_hat and c_norm now hold the unit rows of P */
+        const double *c_in = o->c_in + t * N * E, *p = o->p + t * N * E, *w = o->w + t * N * L;
+        stv_matmul_nt_f64(x, dw, dc, f, N, L, E, false);
+        stv_matmul_tn_f64(x, d.df, w, dc, L, E, N, true);
+        if (!measuring) {
+            center_softmax_backward(dw, scratch, w, N, L);
+            row_norm_forward(c_hat, c_norm, p, N, E);
+        }
+        stv_matmul_tn_f64(x, dv, dw, c_hat, L, E, N, true);
+        stv_matmul_nn_f64(x, d.dc_hat, dw, v_hat, N, E, L, false);
+        if (!measuring) {
+            row_norm_backward(d.dc_hat, d.dc_hat, c_hat, c_norm, N, E);
+            for (int64_t i = 0; c->dbias && i < N; i++) add_scaled(c->dbias, 1, d.dc_hat + i * E, E);
+        }
+        if (c->dweight) stv_matmul_tn_f64(x, c->dweight, d.dc_hat, c_in, E, E, N, true);
+        stv_matmul_nn_f64(x, dc, d.dc_hat, c->weight, N, E, E, false);
+    }
+    if (!measuring) {
+        pool_backward_add(d.dx, dc, L, N, E);
+        token_norm_backward(dv, scratch, v_hat, v_norm, L, E);
+        for (int64_t i = 0; i < L * E; i++) {
+            dv_out[i] = (real)dv[i];
+            df_out[i] = (real)d.df[i];
+            if (din) din[i] = (real)d.dx[i];
+        }
+    }
+    stv_arena_release(x->arena, mark);
+}
+
+/* ---- all images ------------------------------------------------------------------------------------------------------------ */
+
+static center_linear widen_centers(stv_exec *x, const stv_weights *weights, int64_t E)
+{
+    stv_linear lin = stv_weights_affine(weights, weights->model->projector.c);
+    return (center_linear){.weight = widened(x, lin.weight, E, E), .bias = widened(x, lin.bias, 1, E)};
+}
+
+static double *zeros_if(stv_exec *x, bool wanted, int64_t rows, int64_t cols)
+{
+    double *out = wanted ? doubles(x, rows, cols) : NULL;
+    if (out && !stv_measuring(x)) memset(out, 0, (size_t)(rows * cols) * sizeof *out);
+    return out;
+}
+
+static void add_narrowed(stv_exec *x, real *grad, const double *in, int64_t n)
+{
+    if (!grad || stv_measuring(x)) return;
+    for (int64_t i = 0; i < n; i++) grad[i] += (real)in[i];
+}
+
+bool stv_cluster_trains(const stv_weights *weights)
+{
+    const stv_projector_params *ids = &weights->model->projector;
+    stv_linear c = stv_weights_affine(weights, ids->c), v = stv_weights_affine(weights, ids->v), f = stv_weights_affine(weights, ids->f);
+    return stv_linear_trains(&c) || stv_linear_trains(&v) || stv_linear_trains(&f) || stv_weight_grad(weights, ids->sim_alpha) ||
+           stv_weight_grad(weights, ids->sim_beta);
+}
+
+real *stv_cluster_forward(stv_exec *x, const real *in, int64_t n_images, int64_t n_tokens, const stv_weights *weights, stv_cluster_saved *saved)
+{
+    sizes z = sizes_of(weights, n_tokens);
+    int64_t n_rows = n_images * z.L, n_centers = n_images * z.N;
+    stv_linear v = stv_weights_affine(weights, weights->model->projector.v), f = stv_weights_affine(weights, weights->model->projector.f);
+    real *y = stv_reals(x, n_rows, z.E);
+    *saved = (stv_cluster_saved){
+        .v = stv_reals(x, n_rows, z.E), .f = stv_reals(x, n_rows, z.E), .c_in = doubles(x, n_centers * z.rounds, z.E),
+        .p = doubles(x, n_centers * z.rounds, z.E), .w = doubles(x, n_centers * z.rounds, z.L), .c = doubles(x, n_centers, z.E),
+        .g = doubles(x, n_centers, z.E), .cosine = doubles(x, n_rows, 1), .s = doubles(x, n_rows, 1), .margin = doubles(x, n_rows, 1),
+        .assigned = stv_arena_alloc(x->arena, (size_t)n_rows * sizeof(int32_t)),
+        .n_assigned = stv_arena_alloc(x->arena, (size_t)n_centers * sizeof(int32_t)),
+    };
+    stv_linear_forward(x, saved->v, NULL, in, &v, n_rows, NULL);
+    stv_linear_forward(x, saved->f, NULL, in, &f, n_rows, NULL);
+    size_t mark = stv_arena_mark(x->arena);
+    const center_linear c = widen_centers(x, weights, z.E);
+    for (int64_t i = 0; i < n_images; i++) {
+        stv_cluster_saved image = image_of(saved, i, z);
+        image_forward(x, y + i * z.L * z.E, &image, in + i * z.L * z.E, &c, weights, z);
+    }
+    stv_arena_release(x->arena, mark);
+    return y;
+}
+
+void stv_cluster_backward(stv_exec *x, real *din, const real *dy, const real *in, int64_t n_images, int64_t n_tokens, const stv_weights *weights,
+                          const stv_cluster_saved *saved)
+{
+    const stv_projector_params *ids = &weights->model->projector;
+    sizes z = sizes_of(weights, n_tokens);
+    int64_t n_rows = n_images * z.L;
+    stv_linear v = stv_weights_affine(weights, ids->v), f = stv_weights_affine(weights, ids->f), lin_c = stv_weights_affine(weights, ids->c);
+    size_t mark = stv_arena_mark(x->arena);
+    real *dv = stv_reals(x, n_rows, z.E), *df = stv_reals(x, n_rows, z.E);
+    size_t images_mark = stv_arena_mark(x->arena);
+    center_linear c = widen_centers(x, weights, z.E);
+    c.dweight = zeros_if(x, lin_c.dweight, z.E, z.E);
+    c.dbias = zeros_if(x, lin_c.dbias, 1, z.E);
+    double dscalars[2] = {0, 0};
+    for (int64_t i = 0; i < n_images; i++) {
+        stv_cluster_saved image = image_of(saved, i, z);
+        int64_t first = i * z.L * z.E;
+        image_backward(x, din ? din + first : NULL, dv + first, df + first, dy + first, in + first, &image, &c, weights, dscalars, z);
+    }
+    add_narrowed(x, lin_c.dweight, c.dweight, z.E * z.E);
+    add_narrowed(x, lin_c.dbias, c.dbias, z.E);
+    add_narrowed(x, stv_weight_grad(weights, ids->sim_alpha), &dscalars[0], 1);
+    add_narrowed(x, stv_weight_grad(weights, ids->sim_beta), &dscalars[1], 1);
+    stv_arena_release(x->arena, images_mark);
+    stv_linear_backward_add(x, din, df, in, NULL, &f, n_rows, NULL);
+    stv_linear_backward_add(x, din, dv, in, NULL, &v, n_rows, NULL);
+    stv_arena_release(x->arena, mark);
+}

@@ -1,0 +1,52 @@
+/* weights.h - how one pass sees the model: tensor numbers become pointers to values and to gradients.
+ *
+ * The values of trainable tensors come from one flat buffer, the model's own or a snapshot of it (the reference policy). Adapters may be off.
+ * A gradient pointer is NULL when the tensor is frozen or nobody will ask, and then no operator works for it. */
+#ifndef STV_MODEL_WEIGHTS_H
+#define STV_MODEL_WEIGHTS_H
+
+#include "base/alloc.h"
+#include "model/params.h"
+#include "ops/layernorm.h"
+#include "ops/linear.h"
+
+#define stv_weights_init STV_TYPED(stv_weights_init)
+#define stv_weight STV_TYPED(stv_weight)
+#define stv_weight_grad STV_TYPED(stv_weight_grad)
+#define stv_weights_linear STV_TYPED(stv_weights_linear)
+#define stv_weights_affine STV_TYPED(stv_weights_affine)
+#define stv_weights_norm STV_TYPED(stv_weights_norm)
+
+typedef struct stv_weights {
+    const stv_model *model;
+    const real *theta;
+    bool adapters, grads;
+} stv_weights;
+
+stv_weights stv_weights_init(const stv_model *model, const stv_forward_options *options);
+
+const real *stv_weight(const stv_weights *weights, int tensor);
+real *stv_weight_grad(const stv_weights *weights, int tensor);
+stv_linear stv_weights_linear(const stv_weights *weights, int module);
+stv_linear stv_weights_affine(const stv_weights *weights, stv_affine affine); /* a linear layer that carries no adapter */
+stv_norm stv_weights_norm(const stv_weights *weights, stv_affine affine, double eps);
+
+static inline bool stv_linear_trains(const stv_linear *lin) { return lin->dweight || lin->dbias || lin->lora.da || lin->lora.db; }
+
+static inline bool stv_norm_trains(const stv_norm *norm) { return norm->dweight || norm->dbias; }
+
+/* (rows, cols) reals in the arena. A size beyond size_t is refused when the measured arena is created. */
+static inline real *stv_reals(stv_exec *x, int64_t rows, int64_t cols)
+{
+    size_t size_bytes;
+    if (!stv_size_mul(&size_bytes, (size_t)rows, (size_t)cols) || !stv_size_mul(&size_bytes, size_bytes, sizeof(real))) size_bytes = SIZE_MAX;
+    return stv_arena_alloc(x->arena, size_bytes);
+}
+
+/* What an adapter keeps for backward, (rows,r). */
+static inline real *stv_lora_reals(stv_exec *x, int64_t rows, const stv_linear *lin)
+{
+    return lin->lora.rank ? stv_reals(x, rows, lin->lora.rank) : NULL;
+}
+
+#endif
