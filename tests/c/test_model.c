@@ -1,5 +1,6 @@
 /* The whole model: gradients of every tensor against central differences, and everything that must not change a number. */
 #include "check_model.h"
+#include "model/llava.h"
 #include "model/run.h"
 
 #if STV_REAL_BITS == 32
@@ -213,6 +214,39 @@ static void subsets_get_the_same_gradient(void)
         CHECK_OK(stv_run_estimate(t.run, t.batch, &t.options, &bytes));
         CHECK(bytes < all_bytes);
     }
+    tiny_close(&t);
+}
+
+/* Layers of tower (2 count) and decoder (2) that backward enters first from below, and whether it reaches the features between them. */
+static void backward_stops_where_nothing_trains_below(void)
+{
+    static const struct {
+        bool (*wanted)(const stv_tensor_info *);
+        int64_t vision_lowest, decoder_lowest;
+        bool features_grad;
+    } table[] = {
+        {NULL, -1, 0, true}, {is_adapter, 0, 0, true}, {is_upper_tower, 1, 0, true}, {is_projector, 2, 0, true},
+        {is_language_adapter, 2, 0, false}, {is_upper_down, 2, 1, false}, {is_head_norm, 2, 2, false},
+    };
+    stv_model_config config = tiny_config();
+    stv_batch_spec spec = tree_spec();
+    tiny t = tiny_open(&config, &spec, 1, 0);
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        tiny_train(t.model, table[i].wanted);
+        tiny_forward(&t);
+        const stv_llava_pass *pass = t.run->pass;
+        CHECK_INT(pass->vision.lowest, table[i].vision_lowest);
+        CHECK_INT(pass->features_grad, table[i].features_grad);
+        CHECK_INT(pass->decoder.input_grad, table[i].features_grad);
+        CHECK_INT(pass->decoder.lowest, table[i].decoder_lowest);
+    }
+    size_t frozen_bytes, bytes; /* without train, what could train costs nothing */
+    t.options.train = false;
+    CHECK_OK(stv_model_set_trainable(t.model, NULL, 0));
+    CHECK_OK(stv_run_estimate(t.run, t.batch, &t.options, &frozen_bytes));
+    tiny_train(t.model, NULL);
+    CHECK_OK(stv_run_estimate(t.run, t.batch, &t.options, &bytes));
+    CHECK_INT(bytes, frozen_bytes);
     tiny_close(&t);
 }
 
@@ -615,6 +649,7 @@ static const check_case cases[] = {
     {"recompute changes nothing", recompute_changes_nothing},
     {"threads change nothing", threads_change_nothing},
     {"subsets get the same gradient", subsets_get_the_same_gradient},
+    {"backward stops where nothing trains below", backward_stops_where_nothing_trains_below},
     {"vision_grad off stops at the tower", vision_grad_off_stops_at_the_tower},
     {"features given skip the tower", features_given_skip_the_tower},
     {"snapshot is the reference", snapshot_is_the_reference},
