@@ -10,37 +10,7 @@
 #include <math.h>
 #include <string.h>
 
-/* ---- creation ------------------------------------------------------------------------------------------------------------ */
-
-static stv_status check(const stv_model *model, const stv_batch *batch, const stv_forward_options *forward, const stv_generate_options *o)
-{
-    STV_TRY(stv_inputs_check(model, batch, forward));
-    STV_TRY(stv_sampling_check(&o->sampling));
-    if (o->n_per_sequence < 1 || o->n_per_sequence > 1 << 20)
-        return stv_fail(STV_ERR_ARGUMENT, "generator: n_per_sequence is %lld, want 1..%d", (long long)o->n_per_sequence, 1 << 20);
-    if (o->max_new_tokens < 1 || o->max_new_tokens > 1 << 24)
-        return stv_fail(STV_ERR_ARGUMENT, "generator: max_new_tokens is %lld, want 1..%d", (long long)o->max_new_tokens, 1 << 24);
-    if (o->n_eos < 0 || (o->n_eos > 0 && !o->eos_ids)) return stv_fail(STV_ERR_ARGUMENT, "generator: %lld eos ids, but none given", (long long)o->n_eos);
-    for (int64_t q = 0; q < batch->view.n_sequences; q++)
-        if (batch->sequence_last_row[q] < 0) return stv_fail(STV_ERR_ARGUMENT, "generator: sequence %lld has no tokens to continue", (long long)q);
-    return STV_OK;
-}
-
-static bool allocate(stv_generator *g, const stv_generate_options *o)
-{
-    size_t n = (size_t)g->n, size;
-    if (!stv_size_mul(&size, n * sizeof(real), (size_t)g->model->config.decoder.vocab_size)) return false;
-    g->eos_ids = stv_alloc((size_t)o->n_eos * sizeof *g->eos_ids);
-    g->seeds = stv_alloc(n * sizeof *g->seeds);
-    g->finished = stv_alloc_zero(n * sizeof *g->finished);
-    g->active = stv_alloc(n * sizeof *g->active);
-    g->next_token = stv_alloc_zero(n * sizeof *g->next_token);
-    g->draw_logp = stv_alloc(n * sizeof *g->draw_logp);
-    g->draw_token = stv_alloc(n * sizeof *g->draw_token);
-    g->logits = stv_alloc(size);
-    g->cache = stv_alloc_zero(sizeof *g->cache);
-    return g->eos_ids && g->seeds && g->finished && g->active && g->next_token && g->draw_logp && g->draw_token && g->logits && g->cache;
-}
+/* ---- one step ------------------------------------------------------------------------------------------------------------ */
 
 static void list_active(stv_generator *g)
 {
@@ -58,18 +28,6 @@ static real *logits_of(stv_exec *x, const stv_generator *g, stv_decoder_head *he
     stv_matmul_nt(x, logits, head->h, stv_weight(&g->pass->weights, g->model->decoder.head), head->n, c->vocab_size, c->hidden_size, false);
     return logits;
 }
-
-static void prefill(stv_exec *x, stv_generator *g, const stv_batch *batch)
-{
-    int64_t V = g->model->config.decoder.vocab_size;
-    stv_decoder_head head = {.row = batch->sequence_last_row, .n = batch->view.n_sequences};
-    stv_llava_rows(x, g->pass);
-    const real *logits = logits_of(x, g, &head, g->pass->stream);
-    if (stv_measuring(x)) return;
-    for (int64_t i = 0; i < g->n; i++) memcpy((real *)g->logits + i * V, logits + i / g->cache->n_per_sequence * V, (size_t)V * sizeof(real));
-}
-
-/* ---- one step ------------------------------------------------------------------------------------------------------------ */
 
 /* All active continuations, one row each, through the same layers as any other pass. */
 static void decode(stv_exec *x, stv_generator *g)
@@ -180,7 +138,53 @@ stv_status STV_TYPED(stv_generator_finish)(stv_generator *g, int64_t i)
     return STV_OK;
 }
 
-/* ---- creation, continued --------------------------------------------------------------------------------------------------- */
+/* ---- creation ------------------------------------------------------------------------------------------------------------ */
+
+static stv_status check(const stv_model *model, const stv_batch *batch, const stv_forward_options *forward, const stv_generate_options *o)
+{
+    STV_TRY(stv_inputs_check(model, batch, forward));
+    STV_TRY(stv_sampling_check(&o->sampling));
+    if (o->n_per_sequence < 1 || o->n_per_sequence > 1 << 20)
+        return stv_fail(STV_ERR_ARGUMENT, "generator: n_per_sequence is %lld, want 1..%d", (long long)o->n_per_sequence, 1 << 20);
+    if (o->max_new_tokens < 1 || o->max_new_tokens > 1 << 24)
+        return stv_fail(STV_ERR_ARGUMENT, "generator: max_new_tokens is %lld, want 1..%d", (long long)o->max_new_tokens, 1 << 24);
+    if (o->n_eos < 0 || (o->n_eos > 0 && !o->eos_ids)) return stv_fail(STV_ERR_ARGUMENT, "generator: %lld eos ids, but none given", (long long)o->n_eos);
+    for (int64_t q = 0; q < batch->view.n_sequences; q++)
+        if (batch->sequence_last_row[q] < 0) return stv_fail(STV_ERR_ARGUMENT, "generator: sequence %lld has no tokens to continue", (long long)q);
+    return STV_OK;
+}
+
+static bool allocate(stv_generator *g, const stv_generate_options *o)
+{
+    size_t n = (size_t)g->n, size;
+    if (!stv_size_mul(&size, n * sizeof(real), (size_t)g->model->config.decoder.vocab_size)) return false;
+    g->eos_ids = stv_alloc((size_t)o->n_eos * sizeof *g->eos_ids);
+    g->seeds = stv_alloc(n * sizeof *g->seeds);
+    g->finished = stv_alloc_zero(n * sizeof *g->finished);
+    g->active = stv_alloc(n * sizeof *g->active);
+    g->next_token = stv_alloc_zero(n * sizeof *g->next_token);
+    g->draw_logp = stv_alloc(n * sizeof *g->draw_logp);
+    g->draw_token = stv_alloc(n * sizeof *g->draw_token);
+    g->logits = stv_alloc(size);
+    if (g->forward.theta) {
+        size_t theta_bytes = (size_t)g->model->n_trainable * sizeof(real);
+        g->theta = stv_alloc(theta_bytes);
+        if (!g->theta) return false;
+        g->forward.theta = memcpy(g->theta, g->forward.theta, theta_bytes);
+    }
+    g->cache = stv_alloc_zero(sizeof *g->cache);
+    return g->eos_ids && g->seeds && g->finished && g->active && g->next_token && g->draw_logp && g->draw_token && g->logits && g->cache;
+}
+
+static void prefill(stv_exec *x, stv_generator *g, const stv_batch *batch)
+{
+    int64_t V = g->model->config.decoder.vocab_size;
+    stv_decoder_head head = {.row = batch->sequence_last_row, .n = batch->view.n_sequences};
+    stv_llava_rows(x, g->pass);
+    const real *logits = logits_of(x, g, &head, g->pass->stream);
+    if (stv_measuring(x)) return;
+    for (int64_t i = 0; i < g->n; i++) memcpy((real *)g->logits + i * V, logits + i / g->cache->n_per_sequence * V, (size_t)V * sizeof(real));
+}
 
 /* The arena at its largest: every continuation alive, at its last token. */
 static stv_status reserve_steps(stv_generator *g)
@@ -257,5 +261,6 @@ void STV_TYPED(stv_generator_free)(stv_generator *g)
     stv_free(g->draw_logp);
     stv_free(g->draw_token);
     stv_free(g->logits);
+    stv_free(g->theta);
     stv_free(g);
 }

@@ -22,6 +22,7 @@ struct stv_generator {
     uint64_t layout;                  /* of the model at creation */
     stv_sampling sampling;
     stv_forward_options forward;      /* theta and adapters go on in every step */
+    void *theta;                      /* (n_trainable) copy of forward.theta, owned; NULL: the model's own */
     int64_t n, n_active, n_steps, max_new_tokens;
     int64_t n_eos;
     int32_t *eos_ids;                 /* (n_eos), owned, like all below */

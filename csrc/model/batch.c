@@ -1,6 +1,5 @@
 /* batch.c - counted first (count), then laid out twice by the same function, once to measure and once for real, then filled in one walk over the
  * segments. */
-#define STV_REAL_BITS 32 /* the plan's types live in typed headers; this file uses neither precision */
 #include "model/batch.h"
 
 #include "base/alloc.h"
@@ -309,6 +308,7 @@ stv_status stv_batch_create(stv_batch **out, const stv_model *model, const stv_b
     stv_batch *batch = stv_alloc_zero(sizeof *batch);
     builder b = {.spec = spec, .T = stv_model_tokens_per_image(model), .V = model->config.decoder.vocab_size};
     b.nodes = stv_alloc((size_t)spec->n_segments * sizeof *b.nodes);
+    if (batch) batch->model = model;
     stv_status status = batch && b.nodes ? build(batch, &b, model->config.decoder.sliding_window)
                                          : stv_fail(STV_ERR_MEMORY, "batch: no memory for %lld segments", (long long)spec->n_segments);
     stv_free(b.nodes);

@@ -8,11 +8,12 @@
 #ifndef STV_MODEL_BATCH_H
 #define STV_MODEL_BATCH_H
 
+#include "base/arena.h"
 #include "model/params.h"
-#include "ops/attention.h"
-#include "ops/logprob.h"
+#include "ops/plan.h"
 
 struct stv_batch {
+    const stv_model *model;          /* the one it was made for */
     stv_batch_view view;
     stv_attn_plan plan;              /* segments as given, one group for each tree */
     stv_targets targets;             /* grouped by predicting row */

@@ -1,4 +1,3 @@
-#define STV_REAL_BITS 32 /* the plan's types live in typed headers; this file uses neither precision */
 #include "model/inputs.h"
 
 #include "base/alloc.h"
@@ -24,7 +23,7 @@ stv_status stv_inputs_check_images(const stv_model *model, const stv_forward_opt
 
 stv_status stv_inputs_check(const stv_model *model, const stv_batch *batch, const stv_forward_options *options)
 {
-    if (!model->config.has_decoder) return stv_fail(STV_ERR_ARGUMENT, "a batch of tokens, but the model has no decoder");
+    if (batch->model != model) return stv_fail(STV_ERR_ARGUMENT, "the batch was made for another model");
     int64_t n_images = batch->view.n_images;
     if (n_images > 0) {
         if (options->n_images != n_images)

@@ -250,6 +250,8 @@ static void features_and_snapshot_reach_every_step(void)
     t.options.features = features;
     t.options.theta = snapshot;
     generator = open_generator(&t, &options);
+    memset(snapshot, 0, (size_t)stv_model_n_trainable(t.model) * sizeof(real)); /* nothing is borrowed after creation */
+    memset(features, 0, 2 * TINY_T * TINY_D * sizeof(real));
     CHECK_INT(run_to_end(generator, tokens), MAX_NEW);
     for (int i = 0; i < MAX_NEW * 5; i++) CHECK_INT(tokens[i], want[i]);
     stv_generator_free(generator);

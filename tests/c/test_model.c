@@ -604,6 +604,9 @@ static void forward_checks_its_inputs(void)
     CHECK_ERROR(stv_run_forward(t.run, t.batch, &t.options), STV_ERR_NUMERIC, "target 0");
     CHECK(stv_run_logp(t.run) == NULL);
     CHECK_ERROR(stv_run_projector_forward(t.run, NULL, 1, 1, &t.options), STV_ERR_ARGUMENT, "projector");
+    tiny other = tiny_open(&config, &spec, 1, 0);
+    CHECK_ERROR(stv_run_forward(t.run, other.batch, &t.options), STV_ERR_ARGUMENT, "another model");
+    tiny_close(&other);
     tiny_close(&t);
 }
 
