@@ -1,0 +1,55 @@
+# `make` alone prints the choices. PYTHON=python3.12 make install picks another interpreter for .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+help:
+	@echo "make install     .venv in this folder, with the package and its test and demo extras"
+	@echo "make demo        the whole method on real medical images; report in build/demo/    (QUICK=1: a tenth of the data)"
+	@echo "make demo-base   trains the demo's base model anew"
+	@echo "make test        C tests, then pytest                                              (ARGS='-k name': part of pytest)"
+	@echo "make bench       benchmarks"
+	@echo "make asan        the core and the binding under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make clean       removes .venv, build/ and the built extension"
+
+# Editable, so that what is tested is what is edited and `python -c 'import stllava_c'` in this folder finds the built extension; without build
+# isolation, so that building again needs no network and compiles only what changed.
+INSTALLED := $(VENV)/installed
+C_FILES := $(shell find csrc stllava_c/src -name '*.[ch]' -o -name '*.cu' -o -name sources.txt)
+
+install: $(INSTALLED)
+
+$(INSTALLED): $(C_FILES) setup.py pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0"
+	STLLAVA_WERROR=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,demo]"
+	@touch $@
+
+demo: install
+	$(BIN)/stllava demo --out build/demo $(if $(QUICK),--quick)
+
+demo-base: install
+	$(BIN)/stllava demo-base
+
+test: install
+	$(MAKE) -C tests/c run
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: install
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# An installation of its own, run from another folder: the checkout holds the extension of `make install`.
+ASAN := $(CURDIR)/build/asan
+asan:
+	@test -x $(ASAN)/bin/python || $(PYTHON) -m venv $(ASAN)
+	$(ASAN)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0"
+	STLLAVA_SANITIZE=1 STLLAVA_WERROR=1 STLLAVA_CUDA=0 $(ASAN)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation ".[test]"
+	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(ASAN)/bin/pytest -q -p no:cacheprovider $(CURDIR)/tests/python/test_binding_*.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist python/*.egg-info stllava_c/libs stllava_c/_core*.so
+
+.PHONY: help install demo demo-base test bench asan clean

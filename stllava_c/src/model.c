@@ -1,0 +1,578 @@
+/* model.c - Model: tensors by name, adapters, what trains, and the lock that everything made from it shares. */
+#include "binding.h"
+#include "model_config.h"
+
+#include <string.h>
+
+/* ---- lock -------------------------------------------------------------------------------------------------------------------- */
+
+void model_lock(model_object *self)
+{
+    unsigned long me = PyThread_get_thread_ident();
+    if (self->depth == 0 || self->owner != me) {
+        if (!PyThread_acquire_lock(self->lock, NOWAIT_LOCK)) {
+            Py_BEGIN_ALLOW_THREADS
+            PyThread_acquire_lock(self->lock, WAIT_LOCK);
+            Py_END_ALLOW_THREADS
+        }
+        self->owner = me;
+    }
+    self->depth++;
+}
+
+void model_leave(model_object *self)
+{
+    if (--self->depth == 0) PyThread_release_lock(self->lock);
+}
+
+int model_enter(model_object *self)
+{
+    model_lock(self);
+    if (self->model) return 0;
+    model_leave(self);
+    raise_state(state_of((PyObject *)self), "the model is closed");
+    return -1;
+}
+
+/* For calls that move memory: with the lock, no array or memoryview may look at it. */
+static int enter_unexported(model_object *self, const char *what)
+{
+    if (model_enter(self) < 0) return -1;
+    if (self->exports == 0) return 0;
+    PyErr_Format(PyExc_BufferError, "%s: %zd arrays or memoryviews on the model's memory are alive (tensor, theta, grad); delete or copy them first", what,
+                 self->exports);
+    model_leave(self);
+    return -1;
+}
+
+static PyObject *leave_with(model_object *self, stv_status status)
+{
+    model_leave(self);
+    if (status != STV_OK) return raise_status(state_of((PyObject *)self), status);
+    Py_RETURN_NONE;
+}
+
+/* ---- creation ------------------------------------------------------------------------------------------------------------------ */
+
+PyDoc_STRVAR(model_doc,
+             "Model(config, dtype='f32')\n--\n\n"
+             "A vision tower, a projector and a decoder, or some of them, computed in one dtype. Its tensors have the names of a LLaVA checkpoint\n"
+             "and are bound one by one. Usable from several threads, one call at a time.\n\n"
+             "Args:\n"
+             "    config: {\"vision\": dict | None, \"projector\": dict | None, \"decoder\": dict | None}; an absent part is None.\n"
+             "        vision: image_size, patch_size (pixels), hidden_size, n_layers, n_heads, intermediate_size, activation (\"quick_gelu\" or\n"
+             "            \"gelu\"), layer_norm_eps, select_layer (-2: output of the last layer but one), select_feature (\"patch\" or \"cls_patch\").\n"
+             "        projector: kind (\"cluster\", \"linear\", \"mlp\" or \"identity\"), in_size, out_size, depth (of mlp), n_centers and n_rounds (of cluster).\n"
+             "        decoder: vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, intermediate_size, rms_norm_eps, rope_theta,\n"
+             "            sliding_window (tokens, 0: none), tie_word_embeddings; max_position_embeddings is accepted and unused.\n"
+             "    dtype: \"f32\", or \"f64\" as the exact check.\n\n"
+             "Raises:\n"
+             "    ValueError, TypeError: an unknown, missing or unfit key; it is named. MemoryError.");
+
+static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"config", "dtype", NULL};
+    PyObject *values;
+    const char *dtype = "f32";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s:Model", names, &PyDict_Type, &values, &dtype)) return NULL;
+    if (strcmp(dtype, "f32") && strcmp(dtype, "f64")) return PyErr_Format(PyExc_ValueError, "Model: dtype is '%s', supported: f32, f64", dtype);
+
+    model_object *self = (model_object *)new_instance(type);
+    if (!self) return NULL;
+    core_state *state = state_of((PyObject *)self);
+    self->dtype = strcmp(dtype, "f64") ? STV_DTYPE_F32 : STV_DTYPE_F64;
+    self->bindings = PyDict_New();
+    self->lock = PyThread_allocate_lock();
+    if (!self->bindings || !self->lock || model_config_take(&self->config, values) < 0) {
+        if (!PyErr_Occurred()) PyErr_NoMemory();
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    stv_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = stv_model_create(&self->model, state->context, &self->config, self->dtype);
+    Py_END_ALLOW_THREADS
+    if (status == STV_OK) return (PyObject *)self;
+    self->model = NULL;
+    raise_status(state, status);
+    Py_DECREF((PyObject *)self);
+    return NULL;
+}
+
+static int model_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(((model_object *)object)->bindings);
+    return 0;
+}
+
+static void drop_model(model_object *self)
+{
+    stv_model_free(self->model);
+    self->model = NULL;
+    self->generation++;
+    if (self->bindings) PyDict_Clear(self->bindings);
+}
+
+/* Cleared only as garbage, when nobody can call it any more. Runs in the same cycle may be freed later, so the core's model stays until dealloc;
+ * what it borrows is not touched by freeing it. */
+static int model_clear(PyObject *object)
+{
+    Py_CLEAR(((model_object *)object)->bindings);
+    return 0;
+}
+
+static void model_dealloc(PyObject *object)
+{
+    model_object *self = (model_object *)object;
+    PyObject_GC_UnTrack(object);
+    drop_model(self);
+    Py_CLEAR(self->bindings);
+    if (self->lock) PyThread_free_lock(self->lock);
+    free_instance(object);
+}
+
+PyDoc_STRVAR(close_doc,
+             "close($self)\n--\n\n"
+             "Frees the model's memory and lets go of bound buffers now. Closing twice is fine; everything else raises Error afterwards.\n\n"
+             "Raises:\n"
+             "    BufferError: arrays on its memory are alive. Error (\"state\"): runs or generators of it are alive.");
+
+static PyObject *model_close(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    model_object *self = (model_object *)object;
+    if (!self->model) Py_RETURN_NONE;
+    if (enter_unexported(self, "Model.close") < 0) return NULL;
+    if (self->users > 0) {
+        raise_state(state_of(object), "Model.close: %zd runs or generators of this model are alive; delete them first", self->users);
+        model_leave(self);
+        return NULL;
+    }
+    drop_model(self);
+    model_leave(self);
+    Py_RETURN_NONE;
+}
+
+/* ---- tensors --------------------------------------------------------------------------------------------------------------------- */
+
+static PyStructSequence_Field tensor_info_fields[] = {
+    {"name", "str, as in a LLaVA checkpoint; adapters: MODULE.lora_A.weight (r, in) and MODULE.lora_B.weight (out, r)"},
+    {"shape", "tuple of int"},
+    {"size", "int, elements"},
+    {"offset", "int, first element in theta and grad; -1: frozen"},
+    {"influences", "bool, False: no output depends on it (tower layers behind select_layer, post-LayerNorm)"},
+    {"optional", "bool, may stay unbound"},
+    {"bound", "bool, has values"},
+    {NULL, NULL},
+};
+PyStructSequence_Desc tensor_info_desc = {"stllava_c.TensorInfo", "One row of a model's tensor table.", tensor_info_fields, 7};
+
+static PyObject *tensor_info_new(core_state *state, const stv_tensor_info *info)
+{
+    PyObject *shape = PyTuple_New(info->ndim), *row = PyStructSequence_New(state->tensor_info);
+    for (int i = 0; shape && i < info->ndim; i++) PyTuple_SetItem(shape, i, PyLong_FromLongLong(info->shape[i]));
+    if (!shape || !row) {
+        Py_XDECREF(shape);
+        Py_XDECREF(row);
+        return NULL;
+    }
+    PyStructSequence_SetItem(row, 0, PyUnicode_FromString(info->name));
+    PyStructSequence_SetItem(row, 1, shape);
+    PyStructSequence_SetItem(row, 2, PyLong_FromLongLong(info->size));
+    PyStructSequence_SetItem(row, 3, PyLong_FromLongLong(info->offset));
+    PyStructSequence_SetItem(row, 4, PyBool_FromLong(info->influences));
+    PyStructSequence_SetItem(row, 5, PyBool_FromLong(info->optional));
+    PyStructSequence_SetItem(row, 6, PyBool_FromLong(info->data != NULL));
+    if (!PyErr_Occurred()) return row;
+    Py_DECREF(row);
+    return NULL;
+}
+
+PyDoc_STRVAR(tensors_doc, "tensors($self)\n--\n\nThe tensor table: a list of TensorInfo, adapters last.");
+
+static PyObject *model_tensors(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    model_object *self = (model_object *)object;
+    if (model_enter(self) < 0) return NULL;
+    PyObject *rows = PyList_New(0);
+    for (int64_t i = 0; rows && i < stv_model_n_tensors(self->model); i++) {
+        stv_tensor_info info = stv_model_tensor(self->model, i);
+        PyObject *row = tensor_info_new(state_of(object), &info);
+        if (!row || PyList_Append(rows, row) < 0) Py_CLEAR(rows);
+        Py_XDECREF(row);
+    }
+    model_leave(self);
+    return rows;
+}
+
+/* With the lock. False with ValueError when there is no such tensor. */
+static bool find_tensor(model_object *self, const char *what, const char *name, stv_tensor_info *info)
+{
+    int64_t i = stv_model_find(self->model, name);
+    if (i >= 0) *info = stv_model_tensor(self->model, i);
+    else PyErr_Format(PyExc_ValueError, "%s: no tensor '%s' in this model; tensors() lists them", what, name);
+    return i >= 0;
+}
+
+PyDoc_STRVAR(bind_doc,
+             "bind($self, name, array)\n--\n\n"
+             "Gives a tensor its values. A frozen tensor borrows the array, which is kept alive and not copied; a trainable one copies it.\n\n"
+             "Args:\n"
+             "    name: str.\n"
+             "    array: C-contiguous buffer of the model's dtype with the tensor's number of elements, any shape.\n\n"
+             "Raises:\n"
+             "    ValueError: no such tensor, or another size. TypeError: another dtype, or no buffer.\n"
+             "    BufferError: arrays are alive on memory that this would free.");
+
+static PyObject *model_bind(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"name", "array", NULL};
+    model_object *self = (model_object *)object;
+    const char *name;
+    PyObject *array;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO:bind", names, &name, &array)) return NULL;
+    PyObject *what = PyUnicode_FromFormat("Model.bind: %s", name);
+    const void *data;
+    Py_ssize_t n;
+    PyObject *holder = what ? tensor_borrow(state_of(object), array, PyUnicode_AsUTF8AndSize(what, NULL), real_kind(self->dtype), &n, &data) : NULL;
+    Py_XDECREF(what);
+    if (!holder || model_enter(self) < 0) {
+        Py_XDECREF(holder);
+        return NULL;
+    }
+    stv_tensor_info info;
+    if (find_tensor(self, "Model.bind", name, &info)) {
+        bool core_owned = info.data && info.offset < 0 && !PyDict_GetItemString(self->bindings, name); /* it trained once; would be freed */
+        if (core_owned && self->exports > 0) {
+            PyErr_Format(PyExc_BufferError, "Model.bind: %s: arrays or memoryviews on the model's memory are alive; delete or copy them first", name);
+        } else {
+            stv_status status;
+            Py_BEGIN_ALLOW_THREADS
+            status = stv_model_bind(self->model, name, data, n);
+            Py_END_ALLOW_THREADS
+            if (status != STV_OK) raise_status(state_of(object), status);
+            else if (info.offset < 0) PyDict_SetItemString(self->bindings, name, holder); /* lets go of the array bound before */
+            self->generation += core_owned;
+        }
+    }
+    Py_DECREF(holder);
+    model_leave(self);
+    if (PyErr_Occurred()) return NULL;
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(tensor_doc,
+             "tensor($self, name)\n--\n\n"
+             "A view of a tensor's values, not a copy; it keeps the model alive. While arrays on it are alive, add_lora, set_trainable and close\n"
+             "raise BufferError. Binding another array leaves the view on the one bound before.\n\n"
+             "Raises:\n"
+             "    ValueError: no such tensor. Error (\"state\"): it is not bound.");
+
+static PyObject *model_tensor(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"name", NULL};
+    model_object *self = (model_object *)object;
+    PyObject *name;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U:tensor", names, &name)) return NULL;
+    const char *text = PyUnicode_AsUTF8AndSize(name, NULL);
+    if (!text || model_enter(self) < 0) return NULL;
+    stv_tensor_info info;
+    PyObject *view = NULL;
+    if (find_tensor(self, "Model.tensor", text, &info)) {
+        if (info.data) view = tensor_view_new(self, PyDict_GetItemString(self->bindings, text), name, info.ndim, info.shape, info.data);
+        else raise_state(state_of(object), "Model.tensor: '%s' is not bound", text);
+    }
+    model_leave(self);
+    return view;
+}
+
+/* ---- adapters -------------------------------------------------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(linear_modules_doc, "linear_modules($self)\n--\n\nNames of the modules that can carry an adapter: a list of str.");
+
+static PyObject *model_linear_modules(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    model_object *self = (model_object *)object;
+    if (model_enter(self) < 0) return NULL;
+    PyObject *modules = PyList_New(0);
+    for (int64_t i = 0; modules && i < stv_model_n_linear(self->model); i++) {
+        PyObject *name = PyUnicode_FromString(stv_model_linear_name(self->model, i));
+        if (!name || PyList_Append(modules, name) < 0) Py_CLEAR(modules);
+        Py_XDECREF(name);
+    }
+    model_leave(self);
+    return modules;
+}
+
+PyDoc_STRVAR(add_lora_doc,
+             "add_lora($self, module, rank, scale, dropout=0.0)\n--\n\n"
+             "Puts an adapter on a linear module: y = W x + scale * B A dropout(x). Its tensors MODULE.lora_A.weight (rank, in) and\n"
+             "MODULE.lora_B.weight (out, rank) appear at the end of the table, unbound.\n\n"
+             "Args:\n"
+             "    module: str, one of linear_modules().\n"
+             "    rank: int >= 1.\n"
+             "    scale: float, alpha / rank, or alpha / sqrt(rank) for rsLoRA.\n"
+             "    dropout: float in [0, 1).\n\n"
+             "Raises:\n"
+             "    ValueError: no such module, or a value out of range. Error (\"state\"): it has an adapter, or runs of the model are alive.\n"
+             "    BufferError: arrays on the model's memory are alive.\n\n"
+             "Source: Hu et al., arXiv 2106.09685; rsLoRA: arXiv 2312.03732.");
+
+static PyObject *model_add_lora(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"module", "rank", "scale", "dropout", NULL};
+    model_object *self = (model_object *)object;
+    const char *module;
+    long long rank;
+    double scale, dropout = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLd|d:add_lora", names, &module, &rank, &scale, &dropout)) return NULL;
+    if (enter_unexported(self, "Model.add_lora") < 0) return NULL;
+    stv_status status = stv_model_add_lora(self->model, module, rank, scale, dropout);
+    self->generation += status == STV_OK;
+    return leave_with(self, status);
+}
+
+PyDoc_STRVAR(merge_lora_doc,
+             "merge_lora($self)\n--\n\n"
+             "W <- W + scale * B A in copies; the bound weights stay as they are. Adapters are skipped while merged.\n\n"
+             "Raises:\n"
+             "    Error (\"state\"): merged already, no adapters, or unbound ones. MemoryError.");
+
+static PyObject *model_merge_lora(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    model_object *self = (model_object *)object;
+    if (model_enter(self) < 0) return NULL;
+    stv_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = stv_model_merge_lora(self->model);
+    Py_END_ALLOW_THREADS
+    return leave_with(self, status);
+}
+
+PyDoc_STRVAR(unmerge_lora_doc, "unmerge_lora($self)\n--\n\nForgets the merged copies, exactly.\n\nRaises:\n    Error (\"state\"): nothing is merged.");
+
+static PyObject *model_unmerge_lora(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    model_object *self = (model_object *)object;
+    if (model_enter(self) < 0) return NULL;
+    return leave_with(self, stv_model_unmerge_lora(self->model));
+}
+
+PyDoc_STRVAR(effective_weight_doc,
+             "effective_weight($self, module)\n--\n\n"
+             "The weight a linear module computes with: W + scale * B A, merged or not.\n\n"
+             "Returns:\n"
+             "    ndarray (out, in) of the model's dtype, a copy.\n\n"
+             "Raises:\n"
+             "    ValueError: no such module. Error (\"state\"): it is not bound.");
+
+static PyObject *model_effective_weight(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"module", NULL};
+    model_object *self = (model_object *)object;
+    PyObject *module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U:effective_weight", names, &module)) return NULL;
+    PyObject *weight = PyUnicode_FromFormat("%U.weight", module), *array = NULL;
+    if (!weight || model_enter(self) < 0) {
+        Py_XDECREF(weight);
+        return NULL;
+    }
+    stv_tensor_info info;
+    if (find_tensor(self, "Model.effective_weight", PyUnicode_AsUTF8AndSize(weight, NULL), &info)) {
+        Py_ssize_t shape[2] = {(Py_ssize_t)info.shape[0], (Py_ssize_t)(info.size / info.shape[0])};
+        void *data;
+        if ((array = array_new(real_kind(self->dtype), 2, shape, &data))) {
+            const char *name = PyUnicode_AsUTF8AndSize(module, NULL);
+            stv_status status;
+            Py_BEGIN_ALLOW_THREADS
+            status = stv_model_effective_weight(self->model, name, data);
+            Py_END_ALLOW_THREADS
+            if (status != STV_OK) {
+                Py_CLEAR(array);
+                raise_status(state_of(object), status);
+            }
+        }
+    }
+    Py_DECREF(weight);
+    model_leave(self);
+    return array;
+}
+
+/* ---- training -------------------------------------------------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(set_trainable_doc,
+             "set_trainable($self, names)\n--\n\n"
+             "These tensors train, in this order, in one flat buffer (theta) beside one flat gradient (grad, zeroed); all others are frozen. Values\n"
+             "are carried over; buffers bound to tensors that train are let go of.\n\n"
+             "Args:\n"
+             "    names: sequence of str; empty: none train.\n\n"
+             "Raises:\n"
+             "    ValueError: an unknown, repeated or unbound name. BufferError: arrays on the model's memory are alive. MemoryError.");
+
+/* The name strings live in `tuple`, which the caller holds. */
+static const char **take_names(PyObject *tuple)
+{
+    Py_ssize_t n = PyTuple_Size(tuple);
+    const char **texts = PyMem_Calloc(n ? (size_t)n : 1, sizeof *texts);
+    for (Py_ssize_t i = 0; texts && i < n; i++) {
+        PyObject *name = PyTuple_GetItem(tuple, i);
+        if (!PyUnicode_Check(name)) PyErr_Format(PyExc_TypeError, "Model.set_trainable: names[%zd] is %R, want a str", i, name);
+        else texts[i] = PyUnicode_AsUTF8AndSize(name, NULL);
+        if (PyErr_Occurred()) {
+            PyMem_Free(texts);
+            return NULL;
+        }
+    }
+    if (!texts) PyErr_NoMemory();
+    return texts;
+}
+
+static PyObject *model_set_trainable(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"names", NULL};
+    model_object *self = (model_object *)object;
+    PyObject *value;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:set_trainable", names, &value)) return NULL;
+    if (PyUnicode_Check(value)) return PyErr_Format(PyExc_TypeError, "Model.set_trainable: names is the str %R, want a sequence of str", value);
+    PyObject *tuple = PySequence_Tuple(value);
+    const char **texts = tuple ? take_names(tuple) : NULL;
+    if (!texts || enter_unexported(self, "Model.set_trainable") < 0) {
+        PyMem_Free(texts);
+        Py_XDECREF(tuple);
+        return NULL;
+    }
+    Py_ssize_t n = PyTuple_Size(tuple);
+    stv_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = stv_model_set_trainable(self->model, texts, n);
+    Py_END_ALLOW_THREADS
+    if (status == STV_OK) {
+        self->generation++;
+        for (Py_ssize_t i = 0; i < n; i++)
+            if (PyDict_GetItemString(self->bindings, texts[i])) PyDict_DelItemString(self->bindings, texts[i]);
+    }
+    PyMem_Free(texts);
+    Py_DECREF(tuple);
+    return leave_with(self, status);
+}
+
+PyDoc_STRVAR(zero_grad_doc, "zero_grad($self)\n--\n\nSets the gradient buffer to zero; without trainable tensors there is nothing to do.");
+
+static PyObject *model_zero_grad(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    model_object *self = (model_object *)object;
+    if (model_enter(self) < 0) return NULL;
+    stv_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = stv_model_zero_grad(self->model);
+    Py_END_ALLOW_THREADS
+    return leave_with(self, status);
+}
+
+static PyObject *flat_view(model_object *self, const char *name, void *(*get)(stv_model *))
+{
+    if (model_enter(self) < 0) return NULL;
+    int64_t n = stv_model_n_trainable(self->model);
+    PyObject *text = PyUnicode_FromString(name), *view = NULL;
+    if (text && n == 0) view = Py_NewRef(Py_None);
+    else if (text) view = tensor_view_new(self, NULL, text, 1, &n, get(self->model));
+    Py_XDECREF(text);
+    model_leave(self);
+    return view;
+}
+
+static PyObject *get_theta(PyObject *object, void *unused)
+{
+    (void)unused;
+    return flat_view((model_object *)object, "theta", stv_model_theta);
+}
+
+static PyObject *get_grad(PyObject *object, void *unused)
+{
+    (void)unused;
+    return flat_view((model_object *)object, "grad", stv_model_grad);
+}
+
+/* ---- attributes -------------------------------------------------------------------------------------------------------------------- */
+
+static PyObject *get_dtype(PyObject *object, void *unused)
+{
+    (void)unused;
+    return PyUnicode_FromString(array_kinds[real_kind(((model_object *)object)->dtype)].name);
+}
+
+static PyObject *get_config(PyObject *object, void *unused)
+{
+    (void)unused;
+    return model_config_give(&((model_object *)object)->config);
+}
+
+static PyObject *get_tokens_per_image(PyObject *object, void *unused)
+{
+    (void)unused;
+    model_object *self = (model_object *)object;
+    if (model_enter(self) < 0) return NULL;
+    int64_t n = stv_model_tokens_per_image(self->model);
+    model_leave(self);
+    return PyLong_FromLongLong(n);
+}
+
+static PyObject *get_n_trainable(PyObject *object, void *unused)
+{
+    (void)unused;
+    model_object *self = (model_object *)object;
+    if (model_enter(self) < 0) return NULL;
+    int64_t n = stv_model_n_trainable(self->model);
+    model_leave(self);
+    return PyLong_FromLongLong(n);
+}
+
+static PyGetSetDef getset[] = {
+    {"dtype", get_dtype, NULL, "\"f32\" or \"f64\"", NULL},
+    {"config", get_config, NULL, "the configuration as a new dict, every key present", NULL},
+    {"tokens_per_image", get_tokens_per_image, NULL, "rows an image takes; 0 without a tower", NULL},
+    {"n_trainable", get_n_trainable, NULL, "elements of theta", NULL},
+    {"theta", get_theta, NULL, "Tensor (n_trainable,): the flat trainable buffer, a view; None when nothing trains", NULL},
+    {"grad", get_grad, NULL, "Tensor (n_trainable,): the flat gradient, a view; None when nothing trains", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+#define KEYWORDS(f) (PyCFunction)(void (*)(void))(f), METH_VARARGS | METH_KEYWORDS
+static PyMethodDef methods[] = {
+    {"tensors", model_tensors, METH_NOARGS, tensors_doc},
+    {"bind", KEYWORDS(model_bind), bind_doc},
+    {"tensor", KEYWORDS(model_tensor), tensor_doc},
+    {"linear_modules", model_linear_modules, METH_NOARGS, linear_modules_doc},
+    {"add_lora", KEYWORDS(model_add_lora), add_lora_doc},
+    {"merge_lora", model_merge_lora, METH_NOARGS, merge_lora_doc},
+    {"unmerge_lora", model_unmerge_lora, METH_NOARGS, unmerge_lora_doc},
+    {"effective_weight", KEYWORDS(model_effective_weight), effective_weight_doc},
+    {"set_trainable", KEYWORDS(model_set_trainable), set_trainable_doc},
+    {"zero_grad", model_zero_grad, METH_NOARGS, zero_grad_doc},
+    {"close", model_close, METH_NOARGS, close_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, (void *)model_doc},
+    {Py_tp_new, model_new},
+    {Py_tp_dealloc, model_dealloc},
+    {Py_tp_traverse, model_traverse},
+    {Py_tp_clear, model_clear},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getset},
+    {0, NULL},
+};
+
+PyType_Spec model_spec = {
+    .name = "stllava_c.Model",
+    .basicsize = sizeof(model_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = slots,
+};
