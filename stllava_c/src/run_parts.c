@@ -19,7 +19,7 @@ PyObject *run_encode(PyObject *object, PyObject *args, PyObject *kwargs)
     forward_call call = {0};
     int adapters = 1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$Op:encode", names, &values.pixels, &values.theta, &adapters)) return NULL;
-    if (values.pixels == Py_None) return PyErr_Format(PyExc_TypeError, "Run.encode: pixels is None, want an array";
+    if (values.pixels == Py_None) return PyErr_Format(PyExc_TypeError, "Run.encode: pixels is None, want an array");
     if (forward_take(&call, self->model, "Run.encode", values, -1) < 0) return NULL;
     call.options.adapters = adapters;
     PyObject *features = NULL;
@@ -63,7 +63,7 @@ PyObject *run_vision_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     forward_call call = {0};
     int all_layers = 0, adapters = 1, train = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$pOpp:vision_forward", names, &values.pixels, &all_layers, &values.theta, &adapters, &train)) return NULL;
-    if (values.pixels == Py_None) return PyErr_Format(PyExc_TypeError, "Run.vision_forward: pixels is None, want an array";
+    if (values.pixels == Py_None) return PyErr_Format(PyExc_TypeError, "Run.vision_forward: pixels is None, want an array");
     if (forward_take(&call, self->model, "Run.vision_forward", values, -1) < 0) return NULL;
     call.options.adapters = adapters;
     call.options.train = train;
@@ -118,7 +118,7 @@ PyObject *run_vision_hidden(PyObject *object, PyObject *args, PyObject *kwargs)
         Py_ssize_t shape[2] = {(Py_ssize_t)(self->n_images * (side * side + 1)), (Py_ssize_t)c->hidden_size};
         const void *data = stv_run_vision_hidden(self->run, i);
         hidden = data ? run_real_copy(self, 2, shape, data)
-                      : raise_state(state_of(object), "Run.vision_hidden: hidden states are kept only by vision_forward with all_layers=True";
+                      : raise_state(state_of(object), "Run.vision_hidden: hidden states are kept only by vision_forward with all_layers=True");
     }
     model_leave(self->model);
     return hidden;
@@ -140,7 +140,7 @@ PyObject *run_vision_pooled(PyObject *object, PyObject *unused)
         Py_ssize_t shape[2] = {(Py_ssize_t)self->n_images, (Py_ssize_t)self->model->config.vision.hidden_size};
         const void *data = stv_run_vision_pooled(self->run);
         pooled = data ? run_real_copy(self, 2, shape, data)
-                      : raise_state(state_of(object), "Run.vision_pooled: computed only by vision_forward with all_layers=True";
+                      : raise_state(state_of(object), "Run.vision_pooled: computed only by vision_forward with all_layers=True");
     }
     model_leave(self->model);
     return pooled;
