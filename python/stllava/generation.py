@@ -78,7 +78,8 @@ def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[o
         decoder = stllava_c.Generator(
             model.core, batch, pixels=model.pixels(pictures[key] for key in trees.image_keys) if trees.image_keys else None,
             adapters=model.adapters_enabled, temperature=temperature, top_k=top_k, top_p=top_p, n_per_sequence=n,
-            max_new_tokens=max_new_tokens, eos_ids=eos, seeds=[seeds[(start + local) * n + j] for local in by_leaf for j in range(n)])
+            max_new_tokens=max_new_tokens, eos_ids=eos,
+            seeds=np.array([seeds[(start + local) * n + j] for local in by_leaf for j in range(n)], np.uint64))
         found = _decode(model, decoder, stop, eos)
         results.extend([found[leaf * n + j] for j in range(n)] for leaf in trees.order)
         if on_batch is not None:

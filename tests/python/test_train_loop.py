@@ -176,7 +176,6 @@ def test_nan_is_noticed_in_the_same_update_and_changes_nothing(tmp_path, picture
     model = with_adapters()
     data = sft_data(model, pictures)
     data._pictures._kept[pictures[1][0]][0, 0, 0] = np.nan
-    start = weights(model)
     trainer = SFTTrainer(model, sft_args(tmp_path / "stop", gradient_accumulation_steps=1, per_device_train_batch_size=5), data)
     start = weights(model)
     with pytest.raises(NumericsError, match=r"update 0.*samples"):

@@ -71,7 +71,7 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCABULARY, character_coverage=1.0,
-        normalization_rule_name="identity", user_defined_symbols=["\n"], num_threads=1, max_sentence_length=8192, minloglevel=2)
+        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n"], num_threads=1, max_sentence_length=8192, minloglevel=2)
     write_bytes(path, model.getvalue())
     return Tokenizer(str(path), model_max_length=LENGTH)
 

@@ -90,7 +90,7 @@ class Trainer:
         if resume:
             state = self.state = resume_checkpoint(find_checkpoint(output_dir, resume), self.updater, self.plan)
         log_file = output_dir / "log.jsonl"
-        atomic.write_bytes(log_file, "".join(json.dumps(row) + "\n" for row in state.log_history).encode())  # rows after the checkpoint go
+        atomic.write_bytes(log_file, "".join(_line(row) for row in state.log_history).encode())  # rows after the checkpoint go
         first = state.global_step
         self._call("on_train_begin")
         window: list[dict[str, Any]] = []
@@ -167,7 +167,7 @@ class Trainer:
 
     def _record(self, entry: dict[str, Any], log: Any) -> None:
         self.state.log_history.append(entry)
-        log.write(json.dumps(entry) + "\n")
+        log.write(_line(entry))
         log.flush()
 
     def _after_step(self, log: Any) -> None:
@@ -210,6 +210,10 @@ class Trainer:
     def save_model(self, output_dir: str | None = None) -> None:
         """The model as `LlavaModel.save_pretrained` writes it."""
         self.model.save_pretrained(output_dir or self.args.output_dir)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True) + "\n"
 
 
 def _due(strategy: str, every: int, step: int, steps_per_epoch: int) -> bool:
