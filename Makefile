@@ -9,7 +9,7 @@ help:
 	@echo "make install     .venv in this folder, with the package and its test and demo extras"
 	@echo "make demo        the whole method on real medical images; report in build/demo/    (QUICK=1: a tenth of the data)"
 	@echo "make demo-base   trains the demo's base model anew"
-	@echo "make test        C tests, then pytest                                              (ARGS='-k name': part of pytest)"
+	@echo "make test        every test; the C tests run under sanitizers, from pytest         (ARGS='-k name': part of pytest)"
 	@echo "make bench       benchmarks"
 	@echo "make asan        the core and the binding under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean       removes .venv, build/ and the built extension"
@@ -34,8 +34,7 @@ demo-base: install
 	$(BIN)/stllava demo-base
 
 test: install
-	$(MAKE) -C tests/c run
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -q $(ARGS)
 
 bench: install
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

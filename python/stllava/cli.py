@@ -253,12 +253,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     from .data.records import read_records
     from .evaluate.answers import answer_questions
+    from .evaluate.report import print_report
     from .evaluate.vqa import evaluate_vqa
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
     answers = answer_questions(_model(args), items, lambda name: str(folder / name), template=args.conv_mode, max_new_tokens=args.max_new_tokens,
                                out=args.answers_file)
-    evaluate_vqa(items, answers, args.metrics).print()
+    print_report(evaluate_vqa(items, answers, args.metrics))
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,80 @@
+"""The command line: settings are the fields of the configuration classes, errors are one line, a small run goes through every verb."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stllava.cli import main
+from tiny import dpo_records, sft_records, tiny_model, write_pictures
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "base"
+    tiny_model().save_pretrained(folder)
+    return str(folder)
+
+
+def test_sft_then_dpo(tmp_path, model_dir, capsys):
+    names = write_pictures(tmp_path)
+    (tmp_path / "sft.json").write_text(json.dumps(sft_records(names)))
+    (tmp_path / "dpo.json").write_text(json.dumps(dpo_records(names)))
+    common = ["--model_name_or_path", model_dir, "--image_folder", str(tmp_path), "--lora_enable", "--lora_r", "4", "--max_steps", "6", "--disable_tqdm"]
+    assert main(["sft", *common, "--data_path", str(tmp_path / "sft.json"), "--output_dir", str(tmp_path / "sft"), "--vit_lora_enable", "true",
+                 "--learning_rate", "1e-3"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["global_step"] == 6
+    assert (tmp_path / "sft" / "Vit-lora").is_dir() and (tmp_path / "sft" / "adapter_config.json").exists()
+    assert main(["dpo", *common, "--data_path", str(tmp_path / "dpo.json"), "--output_dir", str(tmp_path / "dpo"), "--loss_type", "sigmoid", "sft",
+                 "--loss_weights", "1.0", "0.1", "--learning_rate", "1e-3"]) == 0
+
+
+def test_asking_to_pairs(tmp_path, model_dir, capsys):
+    (tmp_path / "images").mkdir()
+    write_pictures(tmp_path / "images", 2)
+    images = ["--model_name_or_path", model_dir, "--image_folder", str(tmp_path / "images")]
+    asked, answered, judged = (str(tmp_path / name) for name in ("asked.jsonl", "answered.jsonl", "judged.jsonl"))
+    assert main(["ask", *images, "--out", asked, "--n_questions", "2", "--max_new_tokens", "5", "--description_max_new_tokens", "3"]) == 0
+    assert main(["answer", *images, "--questions", asked, "--out", answered, "--max_new_tokens", "4"]) == 0
+    rows = [json.loads(line) for line in open(answered, encoding="utf-8")]
+    replies = [{"image": r["image"], "question": r["question"], "answers": list(pair), "raw": f"{len(pair[0])} {len(pair[1])}"}
+               for r in rows for pair in (r["answers"], r["answers"][::-1])]
+    (tmp_path / "replies.jsonl").write_text("".join(json.dumps(r) + "\n" for r in replies))
+    assert main(["judge", "--answers", answered, "--replies", str(tmp_path / "replies.jsonl"), "--out", judged]) == 0
+    assert main(["pairs", "--judged", judged, "--out", str(tmp_path / "pairs.json")]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["pairs"] + sum(report["dropped"].values()) == len(rows) and report["pairs"] == len(json.loads((tmp_path / "pairs.json").read_text()))
+
+
+def test_eval_prints_counts(tmp_path, model_dir, capsys):
+    [name] = write_pictures(tmp_path, 1)
+    items = [{"id": i, "image": name, "answer_type": kind, "conversations": [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "yes"}]}
+             for i, kind in enumerate(("OPEN", "CLOSED "))]
+    (tmp_path / "test.json").write_text(json.dumps(items))
+    assert main(["eval", "--model_name_or_path", model_dir, "--image_folder", str(tmp_path), "--question_file", str(tmp_path / "test.json"),
+                 "--max_new_tokens", "3"]) == 0
+    assert "1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["sft", "--model_name_or_path", "nowhere", "--data_path", "x.json", "--output_dir", "out"], "nowhere"),
+    (["pairs", "--judged", "nowhere.jsonl", "--out", "out.json"], "nowhere.jsonl"),
+])
+def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith(f"stllava {arguments[0]}: ") and "Traceback" not in error
+
+
+def test_bad_flags_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["sft", "--unknown_flag", "1"])
+    assert "required" in capsys.readouterr().err
+
+
+def test_doctor(capsys):
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["build"]["version"] and facts["packages"]["numpy"]
