@@ -23,7 +23,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): $(C_FILES) setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0" scipy-openblas32
 	STLLAVA_WERROR=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,demo]"
 	@touch $@
 
@@ -43,7 +43,7 @@ bench: install
 ASAN := $(CURDIR)/build/asan
 asan:
 	@test -x $(ASAN)/bin/python || $(PYTHON) -m venv $(ASAN)
-	$(ASAN)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0"
+	$(ASAN)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0" scipy-openblas32
 	STLLAVA_SANITIZE=1 STLLAVA_WERROR=1 STLLAVA_CUDA=0 $(ASAN)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation ".[test]"
 	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(ASAN)/bin/pytest -q -p no:cacheprovider $(CURDIR)/tests/python/test_binding_*.py $(ARGS)

@@ -2,6 +2,8 @@
 
 Switches, all environment variables:
 
+    STLLAVA_BLAS=bundled|system|none   OpenBLAS for large weight gradients: from the scipy-openblas32 wheel, copied beside the extension | the
+                             system's -lopenblas | not at all                                                              (bundled)
     STLLAVA_CUDA=auto|0|1    GPU kernels, a library of their own: where nvcc works | never | or fail    (auto)
     STLLAVA_CUDA_ARCH=sm_90  the architecture they are compiled for
     STLLAVA_DEBUG=1          -O0 -g, asserts on
@@ -93,6 +95,8 @@ class Build(build_ext):
         else:
             print("stllava: no stb/stb_image.h (Debian: libstb-dev); pictures are decoded by Pillow alone", flush=True)
 
+        blas, link = self._blas(libs)
+        flags += blas
         digest = hashlib.sha256(shlex.join(self.cc + flags).encode()).hexdigest()[:12]
         self.objects = HERE / "build" / "objects" / digest
         jobs = core_sources() + binding_sources()
@@ -101,11 +105,24 @@ class Build(build_ext):
             compiled = list(pool.map(lambda job: self._compile(flags, *job), jobs))
             cuda.result()
 
-        link = ["-pthread", "-Wl,-z,relro,-z,now"] if os.uname().sysname == "Linux" else ["-pthread"]
+        link += ["-pthread", "-Wl,-z,relro,-z,now"] if os.uname().sysname == "Linux" else ["-pthread"]
         if SANITIZE:
             link.append("-fsanitize=address,undefined")
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object([str(o) for o in compiled], str(target), libraries=["m"], extra_postargs=link)
+
+    def _blas(self, libs: Path) -> tuple[list[str], list[str]]:
+        """(compiler flags, linker flags); the bundled library is found beside the extension, nothing has to be installed afterwards."""
+        wanted = switch("STLLAVA_BLAS", "bundled", ("bundled", "system", "none"))
+        if wanted == "none":
+            return [], []
+        if wanted == "system":
+            return ["-DSTV_HAVE_BLAS"], ["-lopenblas"]
+        import scipy_openblas32
+        source = next(Path(scipy_openblas32.get_lib_dir()).glob(f"lib{scipy_openblas32.get_library()}.so*"))
+        libs.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, libs)
+        return ["-DSTV_HAVE_BLAS", "-DSTV_BLAS_BUNDLED"], [str(libs / source.name), "-Wl,-rpath,$ORIGIN/libs"]
 
     def _compile(self, flags: list[str], source: Path, extra: list[str], name: str) -> Path:
         target = (self.objects / name).with_name(Path(name).name + ".o")

@@ -2,6 +2,8 @@
  * (model/params.c, model/batch.c, train/preference.c, image/). */
 #include "stllava.h"
 
+#include "ops/gemm_blas.h"
+
 #include "base/alloc.h"
 #include "base/cpu.h"
 #include "base/rng.h"
@@ -43,7 +45,7 @@ stv_status stv_context_set_n_threads(stv_context *context, int n_threads) { retu
 
 stv_build_info stv_get_build_info(void)
 {
-    stv_build_info info = {.version = STV_VERSION, .blas = "none", .cpu_level = stv_cpu_level_name(stv_cpu())};
+    stv_build_info info = {.version = STV_VERSION, .blas = stv_gemm_blas_name(), .cpu_level = stv_cpu_level_name(stv_cpu())};
 #ifdef STV_HAVE_STB
     info.stb_image = true;
 #endif

@@ -11,13 +11,14 @@
  *
  * The road not taken: OpenBLAS for large products. Alone it is not batch invariant (it changes kernels with M*N*K), so it would be called on row
  * tiles of one fixed size. Measured on one Ice Lake core at N = K = 2048, M = 836: ours 114 GFLOP/s, OpenBLAS 0.3 on tiles of 128 or 256 rows 90
- * to 92, free to choose 124; for one row (N = K = 4096, a decoding step) ours 7 ms, tiles 42 to 73, free 12. So it would cost a dependency and be
- * slower at both ends.
+ * to 92, free to choose 124; for one row (N = K = 4096, a decoding step) ours 7 ms, tiles 42 to 73, free 12. So it serves only the product that needs no
+ * batch invariance, the large weight gradient (gemm_blas.h).
  */
 #define STV_REAL_BITS 32 /* gemm.h names both precisions; this file is compiled once and uses neither "real" */
 #include "ops/gemm.h"
 
 #include "base/cpu.h"
+#include "ops/gemm_blas.h"
 #include "ops/gemm_kernel.h"
 
 #include <string.h>
@@ -199,6 +200,7 @@ void stv_matmul_nn_f64(stv_exec *x, double *y, const double *a, const double *b,
 
 void stv_matmul_tn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
 {
+    if (stv_gemm_blas_tn_f32(x, y, a, b, M, N, K, add)) return;
     multiply(x, STV_DTYPE_F32, y, transposed(a), as_is(b), M, N, K, add);
 }
 
