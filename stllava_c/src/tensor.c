@@ -135,7 +135,7 @@ static PyObject *from_buffer(PyObject *type, PyObject *args, PyObject *kwargs)
     PyObject *obj;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:from_buffer", names, &obj)) return NULL;
     Py_buffer view;
-    if (PyObject_GetBuffer(obj, &view, PyBUF_FULL_RO & ~PyBUF_INDIRECT) < 0) return NULL;
+    if (PyObject_GetBuffer(obj, &view, PyBUF_STRIDES | PyBUF_FORMAT) < 0) return NULL;
     array_kind kind;
     if (!PyBuffer_IsContiguous(&view, 'C')) {
         PyErr_SetString(PyExc_ValueError, "Tensor.from_buffer: the buffer is not C-contiguous; copy it with numpy.ascontiguousarray");
