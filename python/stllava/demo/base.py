@@ -42,8 +42,8 @@ __all__ = ["BaseDataset", "base_model_path", "load_base", "train_base"]
 IMAGE_SIZE = 64
 VOCABULARY = 512
 LENGTH = 512
-STEPS, BATCH, LEARNING_RATE, WARMUP = 2400, 16, 1.2e-3, 60
-VIRTUAL_USER_SHARE = 0.9  # of later turns, in the self-questioning template
+STEPS, BATCH, LEARNING_RATE, WARMUP = 2000, 16, 1.2e-3, 60
+VIRTUAL_USER_SHARE = 0.7  # of later turns, in the self-questioning template
 
 
 def vision_config() -> VisionConfig:
@@ -98,8 +98,7 @@ def fresh_weights(config: LlavaConfig, seed: int) -> dict[str, np.ndarray]:
 class BaseDataset:
     """Per image and epoch, as independent branches: five short questions, or two and a conversation (describe, caption, two later turns).
 
-    Half of the images of an epoch come in template v1, half in v1_sq: there always with the conversation, whose later turns are mostly asked by the
-    virtual user, since asking well takes more practice than answering.
+    Half of the images of an epoch come in template v1, half in v1_sq, where later turns are mostly asked by the virtual user.
     """
 
     def __init__(self, paths: atlas.AtlasPaths, tokenizer: Tokenizer, processor: ImageProcessor, seed: int) -> None:
@@ -120,7 +119,7 @@ class BaseDataset:
             return draw_uniform(self.seed, epoch, record.id, 1000 + what)
 
         template = "v1_sq" if u(0) < 0.5 else "v1"
-        talk = template == "v1_sq" or u(1) < 0.5
+        talk = u(1) < 0.5
         order = sorted(range(len(record.questions)), key=lambda i: u(10 + i))
         dialogues = [([(record.questions[i].question, record.questions[i].answer)], set()) for i in order[:2 if talk else 5]]
         if talk:
