@@ -111,6 +111,13 @@ class Build(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object([str(o) for o in compiled], str(target), libraries=["m"], extra_postargs=link)
 
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs: the libraries go along."""
+        super().copy_extensions_to_source()
+        libs = Path(self.build_lib, "stllava_c", "libs")
+        if libs.is_dir():
+            shutil.copytree(libs, HERE / "stllava_c" / "libs", dirs_exist_ok=True)
+
     def _blas(self, libs: Path) -> tuple[list[str], list[str]]:
         """(compiler flags, linker flags); the bundled library is found beside the extension, nothing has to be installed afterwards."""
         wanted = switch("STLLAVA_BLAS", "bundled", ("bundled", "system", "none"))
