@@ -1,4 +1,4 @@
-"""The demo from end to end on a tenth of the data, from the committed base model or, before there is one, from a barely trained one."""
+"""The demo from end to end on a tenth of the data."""
 
 import base64
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stllava.demo import base as demo_base
 from stllava.demo import run as demo_run
 from stllava.demo.baselines import other_images, score
 from stllava.demo.questions import CLOSED, OPEN
@@ -27,22 +26,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(folder):
-    committed = demo_base.base_model_path()
-    if (committed / "config.json").exists():
-        return committed
-    return demo_base.train_base(folder / "base", steps=40, n_images=200)
+def one_thread(folder):
+    return demo_run.run(folder / "one", seed=5, num_threads=1, quick=True)
 
 
 @pytest.fixture(scope="module")
-def one_thread(folder, base):
-    return demo_run.run(folder / "one", seed=5, num_threads=1, quick=True, base=base)
-
-
-@pytest.fixture(scope="module")
-def two_threads(folder, base, one_thread):
+def two_threads(folder, one_thread):
     """The same seed again, with two threads."""
-    return demo_run.run(folder / "two", seed=5, num_threads=2, quick=True, base=base)
+    return demo_run.run(folder / "two", seed=5, num_threads=2, quick=True)
 
 
 def test_results_file_has_every_field_with_values_in_range(folder, one_thread):

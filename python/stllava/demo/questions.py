@@ -119,13 +119,15 @@ FORMS = (
     Form("is_organ", "is the organ the {}?", lambda f, choice: _same(f.organ, choice), ORGANS, "organ"),
     Form("marker", "is there a marker?", lambda f, _: _yes_no(f.marker)),
     Form("is_colour", "is the marker {}?", lambda f, choice: _same(f.colour, choice), COLOURS, "colour"),
-    Form("cerebellum", "is the cerebellum visible?", lambda f, _: _yes_no(f.cerebellum)),
-    Form("ventricles", "are the lateral ventricles visible?", lambda f, _: _yes_no(f.ventricles)),
+    Form("cerebellum", "is the plane showing the cerebellum?", lambda f, _: _yes_no(f.cerebellum)),
+    Form("ventricles", "is the plane showing the lateral ventricles?", lambda f, _: _yes_no(f.ventricles)),
 )
 BY_TYPE = {form.type: form for form in FORMS}
 OPEN = ("caption", "modality", "organ", "plane", "quadrant", "colour")
 CLOSED = ("is_mri", "is_plane", "is_organ", "marker", "is_colour", "cerebellum", "ventricles")
-STRUCTURES = ("cerebellum", "ventricles")  # never asked in the base model's training, only named by its captions
+# Never asked in the base model's training, only named by its captions. Their wording is made of words and turns that the base knows: with a word it
+# never wrote ("are", "visible") a quarter of what the model asks itself after stage 1 is garbled, with these one in a hundred.
+STRUCTURES = ("cerebellum", "ventricles")
 
 
 def ask(type_: str, facts: Facts, rng: np.random.Generator) -> Question | None:

@@ -128,6 +128,7 @@ def draw_types(one: Axes, results: Mapping[str, Any]) -> None:
         one.bar(places + (number - 1) * 0.26, values, width=0.24, color=COLOURS[name], label={"base": "base", "sft": "after SFT", "dpo": "after DPO"}[name])
     one.set_xticks(places, [f"{kind}\n{found[kind]['metric']}" for kind in kinds], fontsize=7)
     one.set_ylim(0, 1.02)
+    one.set_xlim(-0.6, len(kinds) - 0.4)
     one.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 

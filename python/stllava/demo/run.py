@@ -67,7 +67,7 @@ class Settings:
     lora_alpha: int = 64
     sft_steps: int = 170
     sft_batch: int = 16
-    sft_lr: float = 4e-3
+    sft_lr: float = 2e-3
     sq_r: float = 0.5
     n_questions: int = 8
     n_answers: int = 4
@@ -245,7 +245,8 @@ def train_dpo(model: LlavaModel, found: SelfTraining, folder: Path, seed: int,
     policy = model.merge_and_unload()  # a copy: the model after stage 1 stays as it is
     adapters = policy.add_lora(LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=0.0), "llm", seed=seed + 1)
     args = DPOConfig(output_dir=str(folder), max_steps=settings.dpo_steps, per_device_train_batch_size=settings.dpo_batch,
-                     per_device_eval_batch_size=settings.dpo_batch, learning_rate=settings.dpo_lr, beta=settings.beta, vit_grad=False, seed=seed)
+                     per_device_eval_batch_size=settings.dpo_batch, learning_rate=settings.dpo_lr, beta=settings.beta, vit_grad=False,
+                     precompute_ref_log_probs=True, seed=seed)
     trainer = DPOTrainer(policy, args, found.train, found.heldout, trainable=adapters)
     trainer.train()
     return policy.merge_and_unload(), trainer.state.log_history, trainer.evaluate()
