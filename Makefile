@@ -46,7 +46,7 @@ asan:
 	$(ASAN)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0" scipy-openblas32
 	STLLAVA_SANITIZE=1 STLLAVA_WERROR=1 STLLAVA_CUDA=0 $(ASAN)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation ".[test]"
 	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(ASAN)/bin/pytest -q -p no:cacheprovider $(CURDIR)/tests/python/test_binding_*.py $(ARGS)
+		$(ASAN)/bin/pytest -q -p no:cacheprovider $(CURDIR)/tests/python/test_binding*.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info stllava_c/libs stllava_c/_core*.so

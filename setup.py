@@ -114,9 +114,9 @@ class Build(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Editable installs: the libraries go along."""
         super().copy_extensions_to_source()
-        libs = Path(self.build_lib, "stllava_c", "libs")
-        if libs.is_dir():
-            shutil.copytree(libs, HERE / "stllava_c" / "libs", dirs_exist_ok=True)
+        shutil.rmtree(HERE / "stllava_c" / "libs", ignore_errors=True)
+        for library in Path(self.build_lib, "stllava_c", "libs").glob("*"):
+            place(library, HERE / "stllava_c" / "libs")
 
     def _blas(self, libs: Path) -> tuple[list[str], list[str]]:
         """(compiler flags, linker flags); the bundled library is found beside the extension, nothing has to be installed afterwards."""
@@ -127,8 +127,7 @@ class Build(build_ext):
             return ["-DSTV_HAVE_BLAS"], ["-lopenblas"]
         import scipy_openblas32
         source = next(Path(scipy_openblas32.get_lib_dir()).glob(f"lib{scipy_openblas32.get_library()}.so*"))
-        libs.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, libs)
+        place(source, libs)
         return ["-DSTV_HAVE_BLAS", "-DSTV_BLAS_BUNDLED"], [str(libs / source.name), "-Wl,-rpath,$ORIGIN/libs"]
 
     def _compile(self, flags: list[str], source: Path, extra: list[str], name: str) -> Path:
@@ -167,12 +166,18 @@ class Build(build_ext):
             else:
                 problem = ""
             if not problem:
-                libs.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(target, libs)
+                place(target, libs)
                 return
         if wanted == "1":
             raise SystemExit(f"setup.py: STLLAVA_CUDA=1, but: {problem}")
         print(f"stllava: no GPU kernels: {problem}", flush=True)
+
+
+def place(file: Path, folder: Path) -> None:
+    """Copies by renaming: a process that has the old file loaded keeps it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(file, folder / f"{file.name}.new")
+    os.replace(folder / f"{file.name}.new", folder / file.name)
 
 
 def up_to_date(target: Path) -> bool:
@@ -182,7 +187,7 @@ def up_to_date(target: Path) -> bool:
         return False
     names = record.read_text().replace("\\\n", " ").split("\n")[0].split()[1:]
     try:
-        return all(os.stat(name).st_mtime <= target.stat().st_mtime for name in [*names, __file__])
+        return all(os.stat(name).st_mtime <= target.stat().st_mtime for name in names)
     except FileNotFoundError:
         return False
 

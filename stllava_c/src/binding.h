@@ -21,6 +21,7 @@
 
 typedef struct core_state {
     stv_context *context;
+    Py_ssize_t calls; /* held locks of models: calls that may be computing */
     PyObject *error, *numeric_error;
     PyTypeObject *tensor, *tensor_info, *model, *batch, *run, *generator;
 } core_state;

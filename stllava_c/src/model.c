@@ -16,13 +16,16 @@ void model_lock(model_object *self)
             Py_END_ALLOW_THREADS
         }
         self->owner = me;
+        state_of((PyObject *)self)->calls++;
     }
     self->depth++;
 }
 
 void model_leave(model_object *self)
 {
-    if (--self->depth == 0) PyThread_release_lock(self->lock);
+    if (--self->depth > 0) return;
+    state_of((PyObject *)self)->calls--;
+    PyThread_release_lock(self->lock);
 }
 
 int model_enter(model_object *self)

@@ -62,7 +62,7 @@ PyDoc_STRVAR(set_num_threads_doc,
              "Args:\n"
              "    n: int >= 1; 0 = one per core this process may use, which is also the default.\n\n"
              "Raises:\n"
-             "    ValueError: n is negative. MemoryError.");
+             "    ValueError: n is negative. Error (\"state\"): another thread is computing. MemoryError.");
 
 static PyObject *set_num_threads(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -71,10 +71,9 @@ static PyObject *set_num_threads(PyObject *module, PyObject *args, PyObject *kwa
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i:set_num_threads", names, &n)) return NULL;
     if (n < 0) return PyErr_Format(PyExc_ValueError, "set_num_threads: n is %d, want at least 1, or 0 for one per core", n);
     core_state *state = module_state(module);
-    stv_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = stv_context_set_n_threads(state->context, n);
-    Py_END_ALLOW_THREADS
+    /* A forward plans its memory for the number of threads it began with. With the GIL held no other call can begin. */
+    if (state->calls > 0) return raise_state(state, "set_num_threads: other threads are computing; set it between their calls");
+    stv_status status = stv_context_set_n_threads(state->context, n);
     if (status != STV_OK) return raise_status(state, status);
     Py_RETURN_NONE;
 }

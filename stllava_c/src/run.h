@@ -36,6 +36,7 @@ PyObject *run_projector_forward(PyObject *object, PyObject *args, PyObject *kwar
 PyObject *run_cluster_assignment(PyObject *object, PyObject *unused);
 PyObject *run_cluster_margin(PyObject *object, PyObject *unused);
 PyObject *run_projector_backward(PyObject *object, PyObject *args, PyObject *kwargs);
-extern const char encode_doc[], vision_forward_doc[], vision_hidden_doc[], vision_pooled_doc[], vision_backward_doc[], projector_forward_doc[], cluster_assignment_doc[], cluster_margin_doc[], projector_backward_doc[];
+extern const char encode_doc[], vision_forward_doc[], vision_hidden_doc[], vision_pooled_doc[], vision_backward_doc[], projector_forward_doc[],
+    cluster_assignment_doc[], cluster_margin_doc[], projector_backward_doc[];
 
 #endif

@@ -20,16 +20,16 @@ OWN = {"TensorInfo", "Error", "NumericError"}  # a struct sequence and two excep
 def parameters_of_stub(node: ast.FunctionDef) -> list[tuple[str, str, object]]:
     """(name, kind, default) without self and cls."""
     a = node.args
-    plain = [*a.posonlyargs, *a.args]
-    defaults = [inspect.Parameter.empty] * (len(plain) - len(a.defaults)) + [ast.literal_eval(d) for d in a.defaults]
-    rows = [(arg.arg, "plain", default) for arg, default in zip(plain, defaults, strict=True)]
+    assert not a.posonlyargs, node.name  # every parameter of ours can be named
+    defaults = [inspect.Parameter.empty] * (len(a.args) - len(a.defaults)) + [ast.literal_eval(d) for d in a.defaults]
+    rows = [(arg.arg, "plain", default) for arg, default in zip(a.args, defaults, strict=True)]
     rows += [(arg.arg, "keyword", inspect.Parameter.empty if d is None else ast.literal_eval(d)) for arg, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
     return [row for row in rows if row[0] not in ("self", "cls")]
 
 
 def parameters_of_runtime(function: object) -> list[tuple[str, str, object]]:
-    kinds = {inspect.Parameter.KEYWORD_ONLY: "keyword"}
-    return [(p.name, kinds.get(p.kind, "plain"), p.default) for p in inspect.signature(function).parameters.values() if p.name not in ("self", "type")]
+    kinds = {inspect.Parameter.KEYWORD_ONLY: "keyword", inspect.Parameter.POSITIONAL_OR_KEYWORD: "plain"}
+    return [(p.name, kinds.get(p.kind, p.kind), p.default) for p in inspect.signature(function).parameters.values() if p.name not in ("self", "type")]
 
 
 def test_names():
