@@ -52,7 +52,7 @@ def test_model_tensors_are_views_and_moving_them_is_refused_while_they_live():
     flat = m.theta.numpy()
     flat[...] = 3
     assert (m.tensor("model.norm.weight").numpy() == 3).all()
-    for move in (lambda: m.set_trainable([]), m.close):
+    for move in (lambda: m.set_trainable([]), lambda: m.add_lora("model.layers.0.self_attn.q_proj", 2, 1.0), m.close):
         with pytest.raises(BufferError):
             move()
     del flat
@@ -113,11 +113,105 @@ def test_states():
     assert caught.value.code == "state"
 
 
+PAIRS = {"loss_types": ["sigmoid"], "policy_chosen": [-1.0, -2.0], "policy_rejected": [-2.0, -2.0], "reference_chosen": [-1.0, -1.0],
+         "reference_rejected": [-1.0, -1.0], "chosen_tokens": [3, 4], "rejected_tokens": [2, 2]}
+
+
+@pytest.mark.parametrize("change, kind, text", [
+    ({"loss_types": ["bogus"]}, ValueError, "'bogus', supported: sigmoid"), ({"loss_types": []}, ValueError, "no loss type"),
+    ({"weights": [1, 2]}, ValueError, "weights: want shape"), ({"weights": [np.nan]}, ValueError, "weight 0"), ({"beta": 0}, ValueError, "beta"),
+    ({"label_smoothing": 0.5}, ValueError, "label_smoothing"), ({"discopop_tau": 0}, ValueError, "discopop_tau"),
+    ({"f_divergence": "tv"}, ValueError, "'tv', supported: reverse_kl"), ({"reference_free": True}, ValueError, "reference_chosen is given"),
+    ({"reference_rejected": None}, ValueError, "reference_rejected is missing"), ({"policy_rejected": [-1.0]}, ValueError, "policy_rejected: want shape"),
+    ({"policy_chosen": [np.nan, 0]}, stllava_c.NumericError, "pair 0"), ({"chosen_tokens": [0, 1]}, ValueError, "pair 0"),
+])
+def test_preference_loss_refuses(change, kind, text):
+    stllava_c.preference_loss(**PAIRS)
+    with pytest.raises(kind, match=text):
+        stllava_c.preference_loss(**{**PAIRS, **change})
+
+
+WHOLE = [(0, 16, 0.1, 0.0)]
+
+
+@pytest.mark.parametrize("change, kind, text", [
+    ({"step": 0}, ValueError, "step is 0"), ({"m": np.zeros(3, np.float32)}, ValueError, "m: want 16 elements, got 3"),
+    ({"v": np.zeros(16)}, TypeError, "v: want f32, got f64"), ({"v": np.frombuffer(bytes(64), np.float32)}, ValueError, "read-only"),
+    ({"ranges": [(0, 17, 0.1, 0.0)]}, ValueError, "range 0 is"), ({"ranges": [(4, 1, 0.1, 0.0)]}, ValueError, "range 0 is"),
+    ({"ranges": [*WHOLE, (0, 4, 0.1)]}, TypeError, r"ranges\[1\]"), ({"beta1": 1.0}, ValueError, "beta1 1"), ({"eps": -1.0}, ValueError, "eps -1"),
+])
+def test_adamw_step_refuses_and_changes_nothing(change, kind, text):
+    m = model()
+    m.set_trainable(["model.norm.weight"])
+    m.grad.numpy()[:] = 1
+    before = m.theta.numpy().copy()
+    options = {"m": np.zeros(16, np.float32), "v": np.zeros(16, np.float32), "ranges": WHOLE, "step": 1}
+    with pytest.raises(kind, match=text):
+        stllava_c.adamw_step(m, **{**options, **change})
+    np.testing.assert_array_equal(m.theta.numpy(), before)
+    stllava_c.adamw_step(m, **options)
+    np.testing.assert_allclose(m.theta.numpy(), before - np.float32(0.1), rtol=1e-5, atol=1e-6)  # Adam's first step is lr * sign(gradient)
+
+
+def test_nothing_trains():
+    with pytest.raises(stllava_c.Error, match="nothing trains") as caught:
+        stllava_c.adamw_step(model(), np.zeros(0, np.float32), np.zeros(0, np.float32), [], step=1)
+    assert caught.value.code == "state"
+
+
+def test_grad_norm():
+    m = model()
+    m.set_trainable(["model.norm.weight"])
+    m.grad.numpy()[:4] = 3
+    assert stllava_c.grad_norm(m, WHOLE) == 6 and stllava_c.grad_norm(m, [(4, 16, 0.0, 0.0)]) == 0
+    m.grad.numpy()[0] = np.nan
+    assert np.isnan(stllava_c.grad_norm(m, WHOLE))
+    for ranges, kind in (([(0, 17, 0.0, 0.0)], ValueError), ([(-1, 4, 0.0, 0.0)], ValueError), ([(0, 4)], TypeError), (5, TypeError)):
+        with pytest.raises(kind):
+            stllava_c.grad_norm(m, ranges)
+
+
+@pytest.mark.parametrize("arguments", [("linear", -1, 0, 1), ("linear", 0, -1, 1), ("cosine", 0, 0, -1)])
+def test_schedule_refuses_negative_numbers(arguments):
+    with pytest.raises(ValueError, match="want at least 0"):
+        stllava_c.schedule(*arguments)
+
+
+@pytest.mark.parametrize("logits, change, kind, text", [
+    ([], {}, ValueError, "empty"), ([[1.0, 2.0]], {}, ValueError, "want shape"), (["a"], {}, TypeError, "real numbers"),
+    ([np.nan, 1.0], {}, stllava_c.NumericError, "logit 0"), ([1.0, 2.0], {"temperature": np.nan}, ValueError, "temperature"),
+    ([1.0, 2.0], {"top_k": -1}, ValueError, "top_k"), ([1.0, 2.0], {"top_k": 1.5}, TypeError, "float"), ([1.0, 2.0], {"top_p": 1.5}, ValueError, "top_p"),
+])
+def test_sampling_probabilities_refuses(logits, change, kind, text):
+    with pytest.raises(kind, match=text):
+        stllava_c.sampling_probabilities(logits, **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **change})
+
+
+def test_number_of_threads():
+    before = stllava_c.get_num_threads()
+    m = model()
+    run, made = stllava_c.Run(m), batch(m)
+    want = run.forward(made)
+    try:
+        for n in (1, 3):
+            stllava_c.set_num_threads(n)
+            assert stllava_c.get_num_threads() == n
+            np.testing.assert_array_equal(run.forward(made), want)
+        stllava_c.set_num_threads(0)
+        assert stllava_c.get_num_threads() >= 1
+        for n, kind in ((-1, ValueError), (1.5, TypeError), (2**40, OverflowError)):
+            with pytest.raises(kind):
+                stllava_c.set_num_threads(n)
+    finally:
+        stllava_c.set_num_threads(before)
+
+
 def test_nan_is_a_numeric_error():
     m = model()
     m.bind("model.norm.weight", np.full(16, np.nan, np.float32))
-    with pytest.raises(stllava_c.NumericError):
+    with pytest.raises(stllava_c.NumericError) as caught:
         stllava_c.Run(m).forward(batch(m))
+    assert caught.value.code == "numeric" and isinstance(caught.value, ArithmeticError)
 
 
 def test_steady_steps_allocate_nothing():

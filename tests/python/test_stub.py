@@ -14,6 +14,7 @@ from stllava_c import _core
 STUB = ast.parse((Path(stllava_c.__file__).parent / "_core.pyi").read_text(encoding="utf-8"))
 FUNCTIONS = {node.name: node for node in STUB.body if isinstance(node, ast.FunctionDef)}
 CLASSES = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
+CONSTANTS = {node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
 OWN = {"TensorInfo", "Error", "NumericError"}  # a struct sequence and two exceptions: their methods are Python's
 
 
@@ -34,7 +35,7 @@ def parameters_of_runtime(function: object) -> list[tuple[str, str, object]]:
 
 def test_names():
     runtime = {name for name in dir(_core) if not name.startswith("_")}
-    assert runtime == set(FUNCTIONS) | set(CLASSES) | {"LOSS_TYPES"} == set(stllava_c.__all__)
+    assert runtime == set(FUNCTIONS) | set(CLASSES) | CONSTANTS == set(stllava_c.__all__)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
