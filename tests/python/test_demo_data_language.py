@@ -88,7 +88,7 @@ def test_verification_questions_are_yes_half_of_the_time():
         ("is this an MRI?", "yes"),
         ("is the plane coronal?", "no"),
         ("is the marker green?", "yes"),
-        ("is the plane showing the lateral ventricles?", "no"),
+        ("is the brain shown with the lateral ventricles?", "no"),
         ("which organ?", None),
     ],
 )
@@ -132,7 +132,7 @@ def test_uncertain_structure_is_neither_right_nor_wrong():
     judge = RuleJudge({"a": facts})
     with_structure = q.caption(facts) + ", showing the cerebellum"
     assert judge.score("a", DESCRIBE, q.caption(facts), with_structure)[:2] == (10, 10)
-    assert judge.score("a", "is the plane showing the cerebellum?", "yes", "no")[:2] == (-1, -1)
+    assert judge.score("a", "is the brain shown with the cerebellum?", "yes", "no")[:2] == (-1, -1)
 
 
 def test_exchanged_answers_get_exchanged_scores_and_the_reply_parses(judge):

@@ -42,7 +42,7 @@ __all__ = ["BaseDataset", "base_model_path", "load_base", "train_base"]
 IMAGE_SIZE = 64
 VOCABULARY = 512
 LENGTH = 512
-STEPS, BATCH, LEARNING_RATE, WARMUP = 1800, 16, 1.2e-3, 60
+STEPS, BATCH, LEARNING_RATE, WARMUP = 4500, 16, 1.2e-3, 60
 VIRTUAL_USER_SHARE = 0.7  # of later turns, in the self-questioning template
 
 

@@ -119,14 +119,14 @@ FORMS = (
     Form("is_organ", "is the organ the {}?", lambda f, choice: _same(f.organ, choice), ORGANS, "organ"),
     Form("marker", "is there a marker?", lambda f, _: _yes_no(f.marker)),
     Form("is_colour", "is the marker {}?", lambda f, choice: _same(f.colour, choice), COLOURS, "colour"),
-    Form("cerebellum", "is the plane showing the cerebellum?", lambda f, _: _yes_no(f.cerebellum)),
-    Form("ventricles", "is the plane showing the lateral ventricles?", lambda f, _: _yes_no(f.ventricles)),
+    Form("cerebellum", "is the brain shown with the cerebellum?", lambda f, _: _yes_no(f.cerebellum)),
+    Form("ventricles", "is the brain shown with the lateral ventricles?", lambda f, _: _yes_no(f.ventricles)),
 )
 BY_TYPE = {form.type: form for form in FORMS}
 OPEN = ("caption", "modality", "organ", "plane", "quadrant", "colour")
 CLOSED = ("is_mri", "is_plane", "is_organ", "marker", "is_colour", "cerebellum", "ventricles")
-# Never asked in the base model's training, only named by its captions. Their wording is made of words and turns that the base knows: with a word it
-# never wrote ("are", "visible") a quarter of what the model asks itself after stage 1 is garbled, with these one in a hundred.
+# Never asked in the base model's training, only named by its captions. They are worded in words that the base writes: pieces it never wrote
+# ("are", "visible") cannot be told apart by its frozen embeddings, and a quarter of what it asks itself after stage 1 would be garbled.
 STRUCTURES = ("cerebellum", "ventricles")
 
 

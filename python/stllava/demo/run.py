@@ -65,12 +65,12 @@ class Settings:
     n_test: int = 300
     lora_r: int = 32
     lora_alpha: int = 64
-    sft_steps: int = 170
+    sft_steps: int = 280
     sft_batch: int = 16
-    sft_lr: float = 2e-3
+    sft_lr: float = 1e-3
     sq_r: float = 0.5
     n_questions: int = 8
-    n_answers: int = 4
+    n_answers: int = 8
     heldout_share: float = 0.15
     dpo_steps: int = 56
     dpo_batch: int = 32
@@ -79,7 +79,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(n_sft=60, n_unlabelled=80, n_val=15, n_test=30, sft_steps=17, dpo_steps=6)
+QUICK = Settings(n_sft=60, n_unlabelled=80, n_val=15, n_test=30, sft_steps=28, dpo_steps=6)
 
 
 class Clock:
