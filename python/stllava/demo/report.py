@@ -35,6 +35,11 @@ TERMS = {
     "scikit-image": "retina and cell: CC0; histology: no known restrictions",
     "pydicom": "CT, abdomen MRI, Doppler and echo test files: no restriction known",
 }
+REASONS = {
+    "repeated": "asked before about the same image", "empty": "no text", "unknown_question": "not a question of the demo's language",
+    "one_answer": "all sampled answers alike", "unread": "the judge gave no score: the truth is not certain", "tie": "equal scores",
+    "unbalanced": "surplus of chosen yes or no",
+}
 MODELS = ("base", "sft", "dpo")
 COLOURS = {"base": "#9aa5b1", "sft": "#4c8bd6", "dpo": "#e08a2e", "baseline": "#cbb8e0"}
 
@@ -80,7 +85,7 @@ def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], sft_l
     curves = figure_png((9, 2.6), 3, lambda axes: draw_curves(axes, sft_log, dpo_log))
     by_type = figure_png((9, 3.2), 1, lambda axes: draw_types(axes[0], results))
     page = template.render(results=results, details=results["details"], columns=[title for _, _, title in COLUMNS], groups=score_groups(results),
-                           curves=curves, by_type=by_type, samples=samples, wheels=WHEELS, terms=TERMS)
+                           curves=curves, by_type=by_type, samples=samples, wheels=WHEELS, terms=TERMS, reasons=REASONS)
     write_bytes(Path(path), page.encode("utf-8"))
 
 

@@ -60,26 +60,26 @@ class Settings:
     """Sizes and rates of a run; written into results.json."""
 
     n_sft: int = 600
-    n_unlabelled: int = 800
+    n_unlabelled: int = 1000
     n_val: int = 150
     n_test: int = 300
     lora_r: int = 32
     lora_alpha: int = 64
-    sft_steps: int = 280
+    sft_steps: int = 240
     sft_batch: int = 16
     sft_lr: float = 1e-3
     sq_r: float = 0.5
     n_questions: int = 8
     n_answers: int = 8
     heldout_share: float = 0.15
-    dpo_steps: int = 56
+    dpo_steps: int = 72
     dpo_batch: int = 32
     dpo_lr: float = 1e-4
     beta: float = 0.1
 
 
 FULL = Settings()
-QUICK = Settings(n_sft=60, n_unlabelled=80, n_val=15, n_test=30, sft_steps=28, dpo_steps=6)
+QUICK = Settings(n_sft=60, n_unlabelled=100, n_val=15, n_test=30, sft_steps=24, dpo_steps=7)
 
 
 class Clock:
