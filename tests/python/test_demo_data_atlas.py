@@ -19,7 +19,7 @@ from stllava.demo.judge_rules import RuleJudge
 from stllava.demo.render import FACTS, FIELD_MM, KINDS, MARKER_RGB, Renderer
 from stllava.demo.splits import ECHO_FRAMES, PICTURE_SHARES, SPLITS, region_of_position, region_of_split
 
-WHEELS = Path(__file__).parents[2] / "build" / "demo" / "wheels"
+WHEELS = Path(__file__).parents[2] / "build" / "wheels"
 SMALL = {"n_base": 30, "n_sft": 20, "n_unlabelled": 10, "n_val": 10, "n_test": 20}
 
 
