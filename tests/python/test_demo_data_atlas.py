@@ -15,7 +15,7 @@ from PIL import Image
 from stllava.demo import atlas, sources, volumes
 from stllava.demo import questions as q
 from stllava.demo.anatomy import AXES, VENTRICLE_BOX, Anatomy
-from stllava.demo.judge_rules import RuleJudge
+from stllava.demo.judge_rules import RuleJudge, classify
 from stllava.demo.render import FACTS, FIELD_MM, KINDS, MARKER_RGB, Renderer
 from stllava.demo.splits import ECHO_FRAMES, PICTURE_SHARES, SPLITS, region_of_position, region_of_split
 
@@ -309,7 +309,7 @@ def test_sft_samples_open_with_the_description_and_ask_about_structures(renderer
         answers = Counter()
         for record in records:
             for human, gpt in zip(record["conversations"][::2], record["conversations"][1::2]):
-                if f"{word} visible" in human["value"]:
+                if (q.parse(human["value"].replace("<image>", "")) or [q.FORMS[0]])[0].type == word:
                     answers[gpt["value"]] += 1
         assert min(answers["yes"], answers["no"]) > 70, (word, answers)
 
