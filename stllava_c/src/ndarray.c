@@ -124,9 +124,25 @@ static int check_shape(PyArrayObject *array, const char *what, int ndim, Py_ssiz
     return -1;
 }
 
+/* Any value as an array. Python integers on both sides of 2^63 in one list would become float64 (NumPy's common type): they are read as uint64. */
+static PyArrayObject *array_of(PyObject *value, array_kind kind)
+{
+    PyArrayObject *array = (PyArrayObject *)PyArray_FROM_O(value);
+    if (!array || kind != KIND_U64 || PyArray_TYPE(array) != NPY_DOUBLE || !(PyList_Check(value) || PyTuple_Check(value))) return array;
+    Py_ssize_t n = PySequence_Size(value);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *item = PySequence_GetItem(value, i);
+        bool integer = item && PyLong_Check(item);
+        Py_XDECREF(item);
+        if (!integer) return array;
+    }
+    Py_DECREF((PyObject *)array);
+    return (PyArrayObject *)PyArray_FROM_OT(value, NPY_UINT64);
+}
+
 PyObject *array_take(PyObject *value, const char *what, array_kind kind, int ndim, Py_ssize_t *shape, const void **data)
 {
-    PyArrayObject *given = (PyArrayObject *)PyArray_FROM_O(value);
+    PyArrayObject *given = array_of(value, kind);
     if (!given) return NULL;
     PyArrayObject *array = check_shape(given, what, ndim, shape) < 0 ? NULL : convert(given, what, kind);
     Py_DECREF((PyObject *)given);
@@ -148,7 +164,7 @@ int check_size(const char *what, Py_ssize_t want, Py_ssize_t found)
 
 PyObject *array_take_flat(PyObject *value, const char *what, array_kind kind, Py_ssize_t *n, const void **data)
 {
-    PyArrayObject *given = (PyArrayObject *)PyArray_FROM_O(value), *array = NULL;
+    PyArrayObject *given = array_of(value, kind), *array = NULL;
     if (!given) return NULL;
     Py_ssize_t found = PyArray_SIZE(given);
     if (*n < 0 || check_size(what, *n, found) == 0) array = convert(given, what, kind);
