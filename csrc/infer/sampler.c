@@ -84,7 +84,8 @@ stv_status stv_sampling_probabilities(double *p, const double *logits, int64_t V
     STV_TRY(stv_sampling_check(sampling));
     if (V < 1) return stv_fail(STV_ERR_ARGUMENT, "sampling: an empty vocabulary");
     for (int64_t i = 0; i < V; i++)
-        if (isnan(logits[i])) return stv_fail(STV_ERR_NUMERIC, "sampling: logit %lld is not a number", (long long)i);
+        if (isnan(logits[i]) || logits[i] == (double)INFINITY) /* minus infinity is a token that cannot come */
+            return stv_fail(STV_ERR_NUMERIC, "sampling: logit %lld is %g", (long long)i, logits[i]);
     int32_t *order = stv_alloc((size_t)V * sizeof *order);
     if (!order) return stv_fail(STV_ERR_MEMORY, "sampling: no memory for %lld logits", (long long)V);
     stv_sampling_filter(p, order, logits, V, sampling);

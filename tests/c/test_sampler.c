@@ -72,6 +72,11 @@ static void bad_input(void)
     double logits[3] = {0, NAN, 1}, p[3];
     stv_sampling s = {1, 0, 1};
     CHECK_INT(stv_sampling_probabilities(p, logits, 3, &s), STV_ERR_NUMERIC);
+    logits[1] = INFINITY;
+    CHECK_INT(stv_sampling_probabilities(p, logits, 3, &s), STV_ERR_NUMERIC);
+    logits[1] = -INFINITY;
+    CHECK_INT(stv_sampling_probabilities(p, logits, 3, &s), STV_OK);
+    CHECK(p[1] == 0);
     CHECK_INT(stv_sampling_probabilities(p, logits, 0, &s), STV_ERR_ARGUMENT);
     CHECK_INT(stv_sampling_check(&(stv_sampling){-1, 0, 1}), STV_ERR_ARGUMENT);
     CHECK_INT(stv_sampling_check(&(stv_sampling){1, -1, 1}), STV_ERR_ARGUMENT);

@@ -137,6 +137,7 @@ WHOLE = [(0, 16, 0.1, 0.0)]
 @pytest.mark.parametrize("change, kind, text", [
     ({"step": 0}, ValueError, "step is 0"), ({"m": np.zeros(3, np.float32)}, ValueError, "m: want 16 elements, got 3"),
     ({"v": np.zeros(16)}, TypeError, "v: want f32, got f64"), ({"v": np.frombuffer(bytes(64), np.float32)}, ValueError, "read-only"),
+    ({"ranges": [(0, 16, np.nan, 0.0)]}, ValueError, "lr nan"), ({"grad_scale": np.inf}, ValueError, "grad_scale is inf"),
     ({"ranges": [(0, 17, 0.1, 0.0)]}, ValueError, "range 0 is"), ({"ranges": [(4, 1, 0.1, 0.0)]}, ValueError, "range 0 is"),
     ({"ranges": [*WHOLE, (0, 4, 0.1)]}, TypeError, r"ranges\[1\]"), ({"beta1": 1.0}, ValueError, "beta1 1"), ({"eps": -1.0}, ValueError, "eps -1"),
 ])
