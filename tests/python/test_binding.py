@@ -259,6 +259,7 @@ def test_fork_after_use():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+@pytest.mark.skipif(stllava_c.build_info()["sanitizers"], reason="AddressSanitizer keeps freed memory in quarantine, so resident memory grows")
 def test_no_leaks():
     def once():
         m = model()
