@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -535,6 +536,7 @@ def test_interrupt_between_steps():
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from tiny_core import *
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with the signal ignored
 model = tiny()
 run, batch = stllava_c.Run(model), text_batch(model)
 try:
@@ -545,5 +547,5 @@ try:
 except KeyboardInterrupt:
     print(run.forward(batch).shape)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(__import__("pathlib").Path(__file__).parent)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, timeout=60)
     assert done.stdout == "(3,)\n", done.stderr
