@@ -313,16 +313,25 @@ stv_status stv_generator_finish(stv_generator *generator, int64_t i); /* stop th
 
 /* ---- images -------------------------------------------------------------------------------------------------------------------- */
 
+/* Reads the header of a PNG, BMP or JPEG file, decodes nothing. channels: 1 grey, 2 grey + alpha, 3 colour or palette,
+ * 4 colour + alpha or CMYK; bits: per sample as stored (palette: 8). Errors: format; unsupported = another kind of file, or
+ * beyond the limits of image/decode.h. */
+stv_status stv_image_probe(const void *bytes, size_t n, int *width_px, int *height_px, int *channels, int *bits);
+/* Fills rgb (height_px, width_px, 3); rgb_bytes must be exactly that. The whole file is checked first: PNG structure and
+ * checksums, BMP length. Errors: format = damaged or truncated; unsupported; shape. */
+stv_status stv_image_decode(const void *bytes, size_t n, uint8_t *rgb, size_t rgb_bytes);
+
 typedef struct stv_image_options {
     int size_px;
-    bool pad;               /* pad to a square first; false: long sides are cropped away */
-    uint8_t background[3];
-    float mean[3], std[3];
+    bool pad;              /* pad to a square first; false: long sides are cropped away */
+    uint8_t background[3]; /* of the padding */
+    float mean[3], std[3]; /* of pixels in 0..1; std > 0 */
 } stv_image_options;
 
-stv_status stv_image_probe(const void *bytes, size_t n, int *width_px, int *height_px, int *channels, int *bits);
-stv_status stv_image_decode(const void *bytes, size_t n, uint8_t *rgb, size_t rgb_bytes);
+/* hwc (S,S,3) with S = size_px: the picture the model sees, the same bytes as Pillow's. rgb (height_px, width_px, 3); hwc
+ * overlaps nothing. mean and std are not read. One scratch allocation. Errors: argument, memory. */
 stv_status stv_image_resize_crop(uint8_t *hwc, const uint8_t *rgb, int width_px, int height_px, const stv_image_options *options);
+/* chw (3,S,S) = (pixel/255 - mean) / std of the same picture. Errors: argument, memory. */
 stv_status stv_image_preprocess(float *chw, const uint8_t *rgb, int width_px, int height_px, const stv_image_options *options);
 
 /* ---- randomness ------------------------------------------------------------------------------------------------------------------ */

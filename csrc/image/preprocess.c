@@ -1,4 +1,9 @@
-#include "image/preprocess.h"
+/* preprocess.c - decoded picture -> what the vision tower reads: pad to a square or not, resize the shorter edge, cut the
+ * centre, scale, normalise.
+ *
+ * Source: LLaVA expand2square; Transformers 4.31 CLIPImageProcessor (resize, center_crop, rescale, normalize). Unlike the
+ * latter, a picture is always (height, width, 3): heights 1 and 3 are not mistaken for channels. */
+#include "stllava.h"
 
 #include "image/decode.h"
 #include "image/resize.h"

@@ -2,7 +2,6 @@
 #include "base/alloc.h"
 #include "check.h"
 #include "image/decode.h"
-#include "image/preprocess.h"
 #include "image/resize.h"
 
 #ifdef STV_HAVE_STB
