@@ -11,7 +11,8 @@ from stllava.selftrain.answer import AnswerSettings, answer
 from stllava.selftrain.ask import AskSettings, ask
 from stllava.selftrain.judge import RecordedJudge, judge
 from stllava.selftrain.pairs import PairSettings, build_pairs
-from stllava.selftrain.steps import item_seed, read_jsonl, run_step
+from stllava.data.records import read_jsonl
+from stllava.data.steps import item_seed, run_step
 from tiny import tiny_model, write_pictures
 
 
@@ -119,6 +120,14 @@ def test_steps_files(tmp_path):
     path.write_text('{"id": "a"\n{"id": "b"}\n')
     with pytest.raises(FormatError, match="line 1 is not JSON"):
         read_jsonl(path)
+
+
+def test_json_lines_are_cut_off_only_where_asked(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "a\u2028b"}\n{"id": "c', encoding="utf-8")
+    with pytest.raises(FormatError, match="line 2 is not JSON"):
+        read_jsonl(path)
+    assert read_jsonl(path, cut_off=True) == [{"id": "a\u2028b"}]
 
 
 def test_item_seeds_differ_and_stay():

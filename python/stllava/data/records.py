@@ -16,7 +16,7 @@ from typing import Any
 
 from stllava.errors import FormatError, StllavaError
 
-__all__ = ["DataError", "Problem", "read_records", "check_records"]
+__all__ = ["DataError", "Problem", "check_records", "read_jsonl", "read_records"]
 
 SHOWN = 20  # problems printed in full
 
@@ -44,24 +44,35 @@ def read_records(data: str | Path | Iterable[dict[str, Any]]) -> list[dict[str, 
     if not isinstance(data, (str, Path)):
         return list(data)
     path = Path(data)
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            records = []
-            for number, line in enumerate(text.splitlines()):
-                if line.strip():
-                    records.append(json.loads(line))
-        else:
-            records = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {number + 1}" if path.suffix == ".jsonl" else f"line {error.lineno}"
-        raise FormatError(f"{path}: {where} is not JSON: {error.msg}", path=path) from error
+    if path.suffix == ".jsonl":
+        records = read_jsonl(path)
+    else:
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise FormatError(f"{path}: line {error.lineno} is not JSON: {error.msg}", path=path) from error
     if not isinstance(records, list):
         raise FormatError(f"{path}: want a list of records, found a {type(records).__name__}", path=path)
     for row, record in enumerate(records):
         if not isinstance(record, dict):
             raise FormatError(f"{path}: row {row} is a {type(record).__name__}, want an object", path=path)
     return records
+
+
+def read_jsonl(path: str | Path, *, cut_off: bool = False) -> list[Any]:
+    """One JSON value per line; empty lines are skipped. cut_off: leave out a last line that a crash cut off. Raises FormatError naming the line."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON text
+    values = []
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if cut_off and number == len(lines) - 1:
+                break
+            raise FormatError(f"{path}: line {number + 1} is not JSON: {error.msg}", path=path) from error
+    return values
 
 
 def check_records(records: list[dict[str, Any]], check: Callable[[int, dict[str, Any]], tuple[str, str] | None], on_bad_sample: str,

@@ -32,6 +32,7 @@ from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data.dpo import DPODataset
 from stllava.data.pictures import Pictures
+from stllava.data.steps import item_seed
 from stllava.data.sft import SFTDataset, summary as count_problems
 from stllava.errors import StllavaError
 from stllava.evaluate import paired_bootstrap
@@ -40,7 +41,6 @@ from stllava.selftrain.answer import AnswerSettings, answer
 from stllava.selftrain.ask import AskSettings, ask
 from stllava.selftrain.judge import judge
 from stllava.selftrain.pairs import PairSettings, build_pairs
-from stllava.selftrain.steps import item_seed
 from stllava.train.arguments import DPOConfig, SFTConfig
 from stllava.train.dpo import DPOTrainer
 from stllava.train.sft import SFTTrainer

@@ -8,10 +8,10 @@ from typing import Any
 
 from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.conversation import as_template
+from stllava.data.steps import run_step
 from stllava.generation import generate
 from stllava.model import LlavaModel
-from stllava.selftrain.prompts import dialogue_about_image, open_turn
-from stllava.selftrain.steps import run_step
+from stllava.text.prompts import dialogue_about_image, open_turn
 
 __all__ = ["answer_questions"]
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from stllava.conversation import as_template
+from stllava.data.steps import item_seed, run_step
 from stllava.errors import ConfigError
 from stllava.generation import generate
 from stllava.model import LlavaModel
-
-from .prompts import dialogue_about_image, open_turn
-from .steps import item_seed, run_step
+from stllava.text.prompts import dialogue_about_image, open_turn
 
 __all__ = ["AskSettings", "ask", "DESCRIBE"]
 

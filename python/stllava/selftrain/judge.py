@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from .steps import run_step
+
+from stllava.data.steps import run_step
 
 __all__ = ["Judge", "RecordedJudge", "judge"]
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stllava.constants import DEFAULT_IMAGE_TOKEN
-
-from .steps import item_seed
+from stllava.data.steps import item_seed
 
 __all__ = ["PairSettings", "build_pairs"]
 

@@ -1,4 +1,4 @@
-"""What the steps of self-training share: JSON-lines files that can be continued, and a seed for every item."""
+"""One record per item, appended to a JSON-lines file that can be continued, and a seed for every item."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from stllava.errors import FormatError
+from stllava.checkpoint.atomic import write_bytes
 
-__all__ = ["item_seed", "read_jsonl", "run_step"]
+from .records import read_jsonl
+
+__all__ = ["item_seed", "run_step"]
 
 Item = TypeVar("Item")
 
@@ -21,22 +23,6 @@ def item_seed(seed: int, *key: object) -> int:
     """A 64-bit seed from (run seed, item): the same whatever the order or the batch an item is computed in (spec D38)."""
     text = "\x1f".join(map(str, (seed, *key)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file. A last line cut off by a crash is left out; any other damage raises FormatError."""
-    rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines) - 1:
-                break
-            raise FormatError(f"{path}: line {number + 1} is not JSON: {error.msg}", path=path) from error
-    return rows
 
 
 def run_step(items: Iterable[Item], key: Callable[[Item], str], work: Callable[[list[Item]], Iterator[dict[str, Any]]], *,
@@ -49,8 +35,8 @@ def run_step(items: Iterable[Item], key: Callable[[Item], str], work: Callable[[
     items = list(items)
     done: dict[str, dict[str, Any]] = {}
     if out is not None and Path(out).exists():
-        done = {row["id"]: row for row in read_jsonl(out)}
-        Path(out).write_text("".join(json.dumps(row) + "\n" for row in done.values()), encoding="utf-8")
+        done = {row["id"]: row for row in read_jsonl(out, cut_off=True)}
+        write_bytes(out, "".join(json.dumps(row) + "\n" for row in done.values()).encode())  # without the line a crash cut off
     todo = [item for item in items if key(item) not in done]
     file = open(out, "a", encoding="utf-8") if out is not None else None
     try:
