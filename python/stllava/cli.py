@@ -23,10 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 an error of the user's data or settings (one line on stderr), 2 bad command line, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="stllava", description=f"Self-training of medical vision-language models. {USE}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    words = sys.argv[1:] if argv is None else list(argv)
     for name, (add, _) in VERBS.items():
         sub = verbs.add_parser(name, help=(add.__doc__ or "").strip().split("\n")[0], description=add.__doc__)
-        add(sub)
-    args = parser.parse_args(argv)
+        if name in words:  # flags come from classes whose modules need not be imported for another verb
+            add(sub)
+    args = parser.parse_args(words)
     try:
         return VERBS[args.verb][1](args) or 0
     except KeyboardInterrupt:
@@ -203,7 +205,7 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
 
 def run_answer(args: argparse.Namespace) -> None:
     from .selftrain.answer import AnswerSettings, answer
-    from .selftrain.steps import read_jsonl
+    from .data.records import read_jsonl
     folder = Path(args.image_folder)
     answer(_model(args), read_jsonl(args.questions), lambda name: str(folder / name), AnswerSettings(**take_fields(args, AnswerSettings)), out=args.out)
 
@@ -218,7 +220,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
 
 def run_judge(args: argparse.Namespace) -> None:
     from .selftrain.judge import RecordedJudge, judge
-    from .selftrain.steps import read_jsonl
+    from .data.records import read_jsonl
     replies = {(row["image"], row["question"], *row["answers"]): row["raw"] for row in read_jsonl(args.replies)}
     judge(read_jsonl(args.answers), RecordedJudge(replies), both_orders=not args.one_order, out=args.out)
 
@@ -233,7 +235,7 @@ def add_pairs(parser: argparse.ArgumentParser) -> None:
 def run_pairs(args: argparse.Namespace) -> None:
     from .checkpoint.atomic import write_bytes
     from .selftrain.pairs import PairSettings, build_pairs
-    from .selftrain.steps import read_jsonl
+    from .data.records import read_jsonl
     pairs, dropped = build_pairs(read_jsonl(args.judged), lambda name: name, PairSettings(**take_fields(args, PairSettings)))
     write_bytes(Path(args.out), json.dumps(pairs, indent=1).encode())
     print(json.dumps({"pairs": len(pairs), "dropped": dropped}))
