@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -28,10 +29,8 @@ from .tree import Sequence, TreeBatch, build_trees
 if TYPE_CHECKING:
     from .generation import Generation
 
-__all__ = ["LlavaModel", "DECODER_TARGETS", "TOWER_TARGETS"]
+__all__ = ["LlavaModel", "NUMPY_DTYPE", "sequence_sums"]
 
-DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TOWER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 NUMPY_DTYPE = {"f32": np.float32, "f64": np.float64}
 
 
@@ -125,7 +124,7 @@ class LlavaModel:
             self.image_processor.save_pretrained(directory_)
 
     def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
-        wanted = {info.name: info for info in self.core.tensors()}
+        wanted = self.tensor_infos()
         problems = [f"{name}: not a tensor of this model" for name in tensors if name not in wanted]
         for name, info in wanted.items():
             if name not in tensors:
@@ -143,6 +142,15 @@ class LlavaModel:
     @property
     def dtype(self) -> str:
         return self.core.dtype
+
+    def tensor_infos(self) -> dict[str, stllava_c.TensorInfo]:
+        """The core's table by name: shape, size, place in the flat buffer, whether any output depends on it."""
+        return {info.name: info for info in self.core.tensors()}
+
+    def trainable_slices(self) -> dict[str, slice]:
+        """Where each training tensor lies in the flat buffers (`core.theta`, `core.grad`, optimiser moments), in their order."""
+        infos = sorted((info for info in self.core.tensors() if info.offset >= 0), key=lambda info: info.offset)
+        return {info.name: slice(info.offset, info.offset + info.size) for info in infos}
 
     def named_parameters(self) -> Iterator[tuple[str, np.ndarray]]:
         """(canonical name, zero-copy array) of every bound tensor, adapters included. Views forbid moving what they look at."""
@@ -165,8 +173,7 @@ class LlavaModel:
     @property
     def trainable(self) -> list[str]:
         """Names of the training tensors, in the order of the flat buffer."""
-        infos = [info for info in self.core.tensors() if info.offset >= 0]
-        return [info.name for info in sorted(infos, key=lambda info: info.offset)]
+        return list(self.trainable_slices())
 
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
@@ -186,11 +193,13 @@ class LlavaModel:
         """
         modules = self._lora_modules(config, part)
         if not all_layers:
-            influences = {info.name: info.influences for info in self.core.tensors()}
-            modules = [module for module in modules if influences[f"{module}.weight"]]
+            infos = self.tensor_infos()
+            modules = [module for module in modules if infos[f"{module}.weight"].influences]
+        if not config.target_modules:  # saved adapters say where they sit
+            config = replace(config, target_modules=frozenset(module.rsplit(".", 1)[1] for module in modules))
         self._add(part, config, modules)
         fresh = [name for module in modules for name in names.lora_pair(module)]
-        infos = {info.name: info for info in self.core.tensors()}
+        infos = self.tensor_infos()
         for name in fresh:
             array = np.zeros(infos[name].shape, NUMPY_DTYPE[self.dtype])
             if ".lora_A." in name:
@@ -206,7 +215,7 @@ class LlavaModel:
             FormatError: a tensor does not fit (another base?). ConfigError: the part has adapters already.
         """
         self._add(part, config, sorted({names.lora_module(name) for name in tensors}))
-        infos = {info.name: info for info in self.core.tensors()}
+        infos = self.tensor_infos()
         for name, array in tensors.items():
             if tuple(array.shape) != tuple(infos[name].shape):
                 raise FormatError(f"adapter tensor {name}: want {tuple(infos[name].shape)}, found {tuple(array.shape)}; "
@@ -228,9 +237,9 @@ class LlavaModel:
     def _lora_modules(self, config: LoraConfig, part: str) -> list[str]:
         if part not in ("llm", "vit"):
             raise ConfigError(f"part is {part!r}, supported: 'llm', 'vit'")
-        targets = tuple(config.target_modules or (DECODER_TARGETS if part == "llm" else TOWER_TARGETS))
-        return [m for m in self.core.linear_modules()
-                if names.is_tower(m) == (part == "vit") and not names.is_projector(m) and m.rsplit(".", 1)[1] in targets]
+        vision = self.config.vision
+        of_part = names.decoder_linears(self.config) if part == "llm" else names.vision_linears(vision) if vision is not None else ()
+        return [module for module in of_part if not config.target_modules or config.targets(module)]
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
@@ -278,8 +287,7 @@ class LlavaModel:
         """Summed log-probability of each sequence's targets, in input order, (n,) float64. pixels: image key -> (3, S, S)."""
         trees, batch = self.batch(sequences, share=share)
         values = self.run.forward(batch, pixels=self._stack(trees, pixels), adapters=self.adapters_enabled)
-        sums = np.array([values[a:b].sum() for a, b in zip(batch.sequence_begin[:-1], batch.sequence_begin[1:], strict=True)])
-        return sums[trees.order]
+        return sequence_sums(batch, values)[trees.order]
 
     def logits(self, ids: Seq[int], images: Seq[np.ndarray] = ()) -> np.ndarray:
         """(rows, vocab_size) next-token logits at every row of one sequence; an image stands on `tokens_per_image` rows."""
@@ -311,3 +319,11 @@ class LlavaModel:
         """The assistant's answer to a conversation: see :func:`stllava.generation.chat`."""
         from .generation import chat
         return chat(self, messages, images, **options)
+
+
+def sequence_sums(batch: stllava_c.Batch, values: np.ndarray) -> np.ndarray:
+    """Sum of `values` (n_targets,) over each sequence's targets, (n_sequences,); 0 for a sequence without targets."""
+    begin, counts = batch.sequence_begin[:-1], np.diff(batch.sequence_begin)
+    sums = np.zeros(batch.n_sequences)
+    sums[counts > 0] = np.add.reduceat(values, begin[counts > 0]) if len(values) else 0.0
+    return sums

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -197,3 +199,24 @@ def test_adapter_errors():
     lora = {name: np.zeros((2, 10), np.float32) for name in ("model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.0.self_attn.q_proj.lora_B.weight")}
     with pytest.raises(FormatError, match="another base"):
         other.attach_lora(LoraConfig(r=2), lora)
+
+
+def test_saved_adapters_say_where_they_sit(tmp_path):
+    """PEFT finds the modules by target_modules; an empty list would attach nothing."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    read = {folder: set(json.loads((tmp_path / folder / "adapter_config.json").read_text())["target_modules"]) for folder in ("", "Vit-lora")}
+    assert read == {"": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+                    "Vit-lora": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}}
+
+
+def test_layers_to_transform_is_honoured():
+    fresh = tiny_model().add_lora(LoraConfig(r=2, target_modules=frozenset({"q_proj"}), layers_to_transform=(1,)))
+    assert fresh == ["model.layers.1.self_attn.q_proj.lora_A.weight", "model.layers.1.self_attn.q_proj.lora_B.weight"]
+
+
+def test_a_tower_adapter_needs_a_tower():
+    cfg = config(mm_vision_tower=None, mm_vision_config=None)
+    model = LlavaModel(cfg, fresh_weights(cfg, 0))
+    with pytest.raises(ConfigError, match="no linear module of the vit part"):
+        model.add_lora(LoraConfig(r=2), "vit")

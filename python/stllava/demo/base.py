@@ -22,6 +22,7 @@ import numpy as np
 import stllava_c
 
 from stllava import __version__
+from stllava.checkpoint import names
 from stllava.checkpoint.atomic import write_bytes
 from stllava.config import LlavaConfig, VisionConfig
 from stllava.conversation import conv_templates
@@ -79,19 +80,18 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
 def fresh_weights(config: LlavaConfig, seed: int) -> dict[str, np.ndarray]:
     """Norms one, biases zero, matrices uniform with bound 1/sqrt(in), embeddings uniform with standard deviation 0.05, positions with 0.4: with small
     positions beside patches of about 0.6 the model learnt the marker's colour and never where it is."""
-    core = stllava_c.Model(config.core_config(), dtype="f32")
     weights = {}
-    for info in core.tensors():
-        array = np.zeros(info.shape, np.float32)
-        if info.name.endswith("bias") or info.name.endswith("sim_beta"):
+    for name, shape in names.expected_shapes(config).items():
+        array = np.zeros(shape, np.float32)
+        if name.endswith("bias") or name.endswith("sim_beta"):
             pass
-        elif "norm" in info.name or "ln_1" in info.name or info.name.endswith("sim_alpha"):
+        elif "norm" in name or "ln_1" in name or name.endswith("sim_alpha"):
             array[...] = 1.0
         else:
-            spread = 0.4 if "position_embedding" in info.name else 0.05 if "embed" in info.name and "patch" not in info.name else None
+            spread = 0.4 if "position_embedding" in name else 0.05 if "embed" in name and "patch" not in name else None
             bound = spread * math.sqrt(3.0) if spread else 1 / math.sqrt(array[0].size)
-            stllava_c.fill_uniform(array, -bound, bound, seed=seed, stream=zlib.crc32(info.name.encode()))
-        weights[info.name] = array
+            stllava_c.fill_uniform(array, -bound, bound, seed=seed, stream=zlib.crc32(name.encode()))
+        weights[name] = array
     return weights
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import stllava_c
 
-from stllava.model import LlavaModel
+from stllava.model import LlavaModel, sequence_sums
 from stllava.tree import Sequence
 
 from .arguments import DPOConfig
@@ -104,7 +104,7 @@ class DPOObjective:
         if reference is None:
             reference = self._reference(micro, None if micro.pixels is None else run.features)
         counts = np.diff(batch.sequence_begin)
-        chosen, rejected = np.split(_sums(batch, logp)[order], 2)
+        chosen, rejected = np.split(sequence_sums(batch, logp)[order], 2)
         chosen_tokens, rejected_tokens = np.split(counts[order].astype(np.float64), 2)
         names = {} if args.reference_free else {"reference_chosen": reference[0], "reference_rejected": reference[1]}
         loss, per_pair, dchosen, drejected = stllava_c.preference_loss(
@@ -112,7 +112,7 @@ class DPOObjective:
             discopop_tau=args.discopop_tau, f_divergence=args.f_divergence_type, alpha=args.f_alpha_divergence_coef,
             reference_free=args.reference_free, policy_chosen=chosen, policy_rejected=rejected, chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens, **names)
-        mean_logits = np.split((_sums(batch, run.mean_logit) / counts)[order], 2)
+        mean_logits = np.split((sequence_sums(batch, run.mean_logit) / counts)[order], 2)
         return PairNumbers(loss, np.asarray(args.loss_weights or [1.0] * len(args.loss_types)) @ per_pair, chosen, rejected, *reference,
                            args.beta * (chosen - reference[0]), args.beta * (rejected - reference[1]), *mean_logits, dchosen, drejected)
 
@@ -129,13 +129,8 @@ class DPOObjective:
             return chosen, rejected
         logp = self.reference_run.forward(micro.batch, pixels=micro.pixels if features is None else None, features=features, theta=self.reference,
                                             adapters=self.args.ref_adapters)
-        chosen, rejected = np.split(_sums(micro.batch, logp)[micro.trees.order], 2)
+        chosen, rejected = np.split(sequence_sums(micro.batch, logp)[micro.trees.order], 2)
         return chosen, rejected
-
-
-def _sums(batch: stllava_c.Batch, values: np.ndarray) -> np.ndarray:
-    """Sum over each sequence's targets, (n_sequences,)."""
-    return np.add.reduceat(values, batch.sequence_begin[:-1])
 
 
 class DPOTrainer(Trainer):

@@ -57,7 +57,7 @@ def parameter_groups(model: LlavaModel, trainable: list[str], args: TrainingArgu
     groups = [[name for name in trainable if (part(name), _decays(name)) == kind] for kind in kinds]
     order = [name for group in groups for name in group]
     model.set_trainable(order)
-    infos = {info.name: info for info in model.core.tensors()}
+    infos = model.tensor_infos()
     return ParameterGroups(
         order=order, names=groups, base_lr=[rates[which] for which, _ in kinds],
         weight_decay=[args.weight_decay if decays else 0.0 for _, decays in kinds],

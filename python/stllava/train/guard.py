@@ -10,8 +10,6 @@ import numpy as np
 from stllava.errors import StllavaError
 from stllava.model import LlavaModel
 
-from .groups import ParameterGroups
-
 __all__ = ["TrainingGuard", "UntrainedError"]
 
 PATIENCE = 5  # updates within which a gradient must have come
@@ -29,12 +27,11 @@ class UntrainedError(StllavaError):
 class TrainingGuard:
     """Watches the first updates. Tensors no output depends on are not watched."""
 
-    def __init__(self, model: LlavaModel, groups: ParameterGroups, *, allow: bool) -> None:
-        infos = {info.name: info for info in model.core.tensors()}
+    def __init__(self, model: LlavaModel, *, allow: bool) -> None:
+        infos = model.tensor_infos()
         self._model = model
         self._allow = allow
-        self._where = {name: slice(infos[name].offset, infos[name].offset + infos[name].size)
-                       for name in groups.order if infos[name].influences}
+        self._where = {name: where for name, where in model.trainable_slices().items() if infos[name].influences}
         self._silent = set(self._where)
         theta = model.core.theta
         flat = theta.numpy() if theta is not None else np.zeros(0)

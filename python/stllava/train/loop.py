@@ -84,7 +84,7 @@ class Trainer:
         args, state, started = self.args, self.state, time.monotonic()
         output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        guard = TrainingGuard(self.model, self.groups, allow=args.allow_untrained)
+        guard = TrainingGuard(self.model, allow=args.allow_untrained)
         self.before_training()
         resume = resume_from_checkpoint or args.resume_from_checkpoint
         if resume:

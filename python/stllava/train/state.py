@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,21 @@ def save_checkpoint(directory: Path, updater: Updater, state: TrainerState, plan
     """Writes checkpoint-{global_step} under `directory`; an older one of the same name is replaced only when the new one is complete."""
     target = directory / f"checkpoint-{state.global_step}"
     model = updater.model
-    infos = {info.name: info for info in model.core.tensors()}
-    theta = model.core.theta.numpy()
-    tensors: dict[str, np.ndarray] = {}
-    for name in updater.groups.order:
-        where = slice(infos[name].offset, infos[name].offset + infos[name].size)
-        for label, flat in (("param", theta), ("exp_avg", updater.exp_avg), ("exp_avg_sq", updater.exp_avg_sq)):
-            tensors[f"{label}.{name}"] = flat[where].reshape(infos[name].shape)
+    infos = model.tensor_infos()
+    tensors = {key: flat[where].reshape(infos[name].shape) for key, name, flat, where in _pieces(updater)}
     with atomic.atomic_directory(target) as temporary:
         model.write_files(temporary)
         safetensors_file.write(temporary / TENSOR_FILE, tensors)
         atomic.write_bytes(temporary / STATE_FILE, state_json(state, updater, plan).encode())
     return target
+
+
+def _pieces(updater: Updater) -> Iterator[tuple[str, str, np.ndarray, slice]]:
+    """(key in the file, tensor, flat buffer, its place there) of everything the optimiser works on."""
+    flats = {"param": updater.model.core.theta.numpy(), "exp_avg": updater.exp_avg, "exp_avg_sq": updater.exp_avg_sq}
+    for name, where in updater.model.trainable_slices().items():
+        for label, flat in flats.items():
+            yield f"{label}.{name}", name, flat, where
 
 
 def state_json(state: TrainerState, updater: Updater, plan: Plan) -> str:
@@ -79,12 +83,8 @@ def resume_checkpoint(path: Path, updater: Updater, plan: Plan) -> TrainerState:
             detail = "" if key == "trainable" else f": saved {ours[key]}, now {mine}"
             raise ConfigError(f"{path}: {key} differs from this run's{detail}; resume with the settings the run was started with", field=key)
     tensors = safetensors_file.read(path / TENSOR_FILE)
-    infos = {info.name: info for info in updater.model.core.tensors()}
-    theta = updater.model.core.theta.numpy()
-    for name in updater.groups.order:
-        where = slice(infos[name].offset, infos[name].offset + infos[name].size)
-        for label, flat in (("param", theta), ("exp_avg", updater.exp_avg), ("exp_avg_sq", updater.exp_avg_sq)):
-            flat[where] = np.asarray(tensors[f"{label}.{name}"]).reshape(-1)
+    for key, _, flat, where in _pieces(updater):
+        flat[where] = np.asarray(tensors[key]).reshape(-1)
     updater.n_updates, updater.n_skipped = ours["n_updates"], ours["n_skipped"]
     return TrainerState(max_steps=fields["max_steps"], global_step=fields["global_step"], epoch=fields["epoch"],
                         num_train_epochs=fields["num_train_epochs"], log_history=fields["log_history"], best_metric=fields["best_metric"])
