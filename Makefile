@@ -10,6 +10,7 @@ help:
 	@echo "make demo        the whole method on real medical images; report in build/demo/    (QUICK=1: a tenth of the data)"
 	@echo "make demo-base   trains the demo's base model anew"
 	@echo "make test        every test; the C tests run under sanitizers, from pytest         (ARGS='-k name': part of pytest)"
+	@echo "make test-long   the exhaustive forms: every fault, thousands of damaged files, fuzzing"
 	@echo "make bench       benchmarks"
 	@echo "make asan        the core and the binding under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean       removes .venv, build/ and the built extension"
@@ -36,6 +37,9 @@ demo-base: install
 test: install
 	$(BIN)/python -m pytest -q $(ARGS)
 
+test-long: install
+	$(BIN)/python -m pytest -q --long $(ARGS)
+
 bench: install
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
@@ -51,4 +55,4 @@ asan:
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info stllava_c/libs stllava_c/_core*.so
 
-.PHONY: help install demo demo-base test bench asan clean
+.PHONY: help install demo demo-base test test-long bench asan clean

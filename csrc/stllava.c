@@ -81,7 +81,8 @@ void stv_run_free(stv_run *run)
 stv_status stv_run_set_recompute(stv_run *run, int64_t n_vision_layers, int64_t n_decoder_layers)
 {
     if (n_vision_layers < 0 || n_decoder_layers < 0)
-        return stv_fail(STV_ERR_ARGUMENT, "set_recompute: %lld and %lld layers, want 0 or more", (long long)n_vision_layers, (long long)n_decoder_layers);
+        return stv_fail(STV_ERR_ARGUMENT, "set_recompute: %lld and %lld layers, want 0 or more", (long long)n_vision_layers,
+                        (long long)n_decoder_layers);
     run->n_vision_recompute = n_vision_layers;
     run->n_decoder_recompute = n_decoder_layers;
     return STV_OK;

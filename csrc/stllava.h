@@ -49,13 +49,18 @@ uint64_t stv_allocations(void); /* core allocations so far; equal before and aft
 
 typedef struct stv_vision_config {
     int64_t image_size, patch_size, hidden_size, n_layers, n_heads, intermediate_size;
-    int activation;        /* 0 gelu (exact), 1 quick_gelu */
+    int activation; /* 0 gelu (exact), 1 quick_gelu */
     double layer_norm_eps;
-    int64_t select_layer;  /* as in LLaVA: -2 = output of the last layer but one; 0..n_layers = hidden_states[i] */
-    bool select_class;     /* false: "patch" features; true: "cls_patch" */
+    int64_t select_layer; /* as in LLaVA: -2 = output of the last layer but one; 0..n_layers = hidden_states[i] */
+    bool select_class;    /* false: "patch" features; true: "cls_patch" */
 } stv_vision_config;
 
-typedef enum stv_projector_kind { STV_PROJECTOR_IDENTITY = 0, STV_PROJECTOR_LINEAR = 1, STV_PROJECTOR_MLP = 2, STV_PROJECTOR_CLUSTER = 3 } stv_projector_kind;
+typedef enum stv_projector_kind {
+    STV_PROJECTOR_IDENTITY = 0,
+    STV_PROJECTOR_LINEAR = 1,
+    STV_PROJECTOR_MLP = 2,
+    STV_PROJECTOR_CLUSTER = 3
+} stv_projector_kind;
 
 typedef struct stv_projector_config {
     stv_projector_kind kind;
@@ -91,14 +96,14 @@ int64_t stv_model_tokens_per_image(const stv_model *model); /* T; 0 without a to
 /* Tensors are known by the names of a full LLaVA checkpoint (model.layers.0.self_attn.q_proj.weight, model.mm_projector.f.weight,
  * model.vision_tower.vision_tower.vision_model.…); adapters by <module>.lora_A.weight (r,K) and <module>.lora_B.weight (N,r). */
 typedef struct stv_tensor_info {
-    const char *name;   /* valid as long as the model */
+    const char *name; /* valid as long as the model */
     int ndim;
     int64_t shape[4];
-    int64_t size;       /* elements */
-    void *data;         /* real; NULL until bound. Trainable: inside the flat buffer */
-    int64_t offset;     /* element offset in the flat buffer; -1: frozen */
-    bool influences;    /* false: no output depends on it (tower layers behind select_layer, post-LayerNorm, ln_1) */
-    bool optional;      /* may stay unbound: tensors that do not influence */
+    int64_t size;    /* elements */
+    void *data;      /* real; NULL until bound. Trainable: inside the flat buffer */
+    int64_t offset;  /* element offset in the flat buffer; -1: frozen */
+    bool influences; /* false: no output depends on it (tower layers behind select_layer, post-LayerNorm, ln_1) */
+    bool optional;   /* may stay unbound: tensors that do not influence */
 } stv_tensor_info;
 
 int64_t stv_model_n_tensors(const stv_model *model);
@@ -144,7 +149,7 @@ typedef struct stv_batch_spec {
     const int32_t *labels;  /* like ids, token id or STV_IGNORE_INDEX; NULL: no targets */
     const uint64_t *sample; /* (S) dropout key of each segment's rows; NULL: segment number */
     int64_t n_image_refs;
-    const int32_t *image;   /* (n_image_refs) which image of the batch, one per STV_IMAGE_TOKEN in order */
+    const int32_t *image; /* (n_image_refs) which image of the batch, one per STV_IMAGE_TOKEN in order */
     int64_t n_images;
 } stv_batch_spec;
 
@@ -156,16 +161,16 @@ void stv_batch_free(stv_batch *batch); /* takes NULL */
 
 typedef struct stv_batch_view { /* borrowed until the batch is freed */
     int64_t n_rows, n_segments, n_sequences, n_targets, n_images;
-    const int32_t *row_token;       /* (R) token id; -1 for image rows */
-    const int64_t *row_feature;     /* (R) image * T + token, or -1 */
-    const int32_t *row_position;    /* (R) */
-    const uint64_t *row_sample;     /* (R) */
-    const int64_t *segment_row;     /* (S+1) row ranges */
-    const int32_t *sequence_leaf;   /* (Q) leaf segment */
-    const int64_t *sequence_begin;  /* (Q+1) ranges of targets */
-    const int64_t *target_row;      /* (n_targets) the predicting row */
-    const int64_t *label_row;       /* (n_targets) the row of the label token itself */
-    const int32_t *target_token;    /* (n_targets) */
+    const int32_t *row_token;      /* (R) token id; -1 for image rows */
+    const int64_t *row_feature;    /* (R) image * T + token, or -1 */
+    const int32_t *row_position;   /* (R) */
+    const uint64_t *row_sample;    /* (R) */
+    const int64_t *segment_row;    /* (S+1) row ranges */
+    const int32_t *sequence_leaf;  /* (Q) leaf segment */
+    const int64_t *sequence_begin; /* (Q+1) ranges of targets */
+    const int64_t *target_row;     /* (n_targets) the predicting row */
+    const int64_t *label_row;      /* (n_targets) the row of the label token itself */
+    const int32_t *target_token;   /* (n_targets) */
 } stv_batch_view;
 stv_batch_view stv_batch_get(const stv_batch *batch);
 
@@ -182,13 +187,13 @@ typedef struct stv_forward_options {
     const void *pixels;   /* (n_images,3,size,size) real, borrowed until backward is done; NULL if `features` or no images */
     const void *features; /* (n_images*T, D) real: projected image features computed before; then tower and projector do not run */
     int64_t n_images;
-    const void *theta;    /* another flat trainable buffer (a snapshot: the reference policy); NULL: the model's own */
-    bool adapters;        /* false: LoRA off */
-    bool train;           /* keep what backward needs */
-    bool vision_grad;     /* false: no gradient into the tower, as the original (spec D1) */
-    bool dropout;         /* adapters' dropout on, drawn from (seed, step) */
+    const void *theta; /* another flat trainable buffer (a snapshot: the reference policy); NULL: the model's own */
+    bool adapters;     /* false: LoRA off */
+    bool train;        /* keep what backward needs */
+    bool vision_grad;  /* false: no gradient into the tower, as the original (spec D1) */
+    bool dropout;      /* adapters' dropout on, drawn from (seed, step) */
     uint64_t seed, step;
-    bool mean_logit;      /* also compute mean over the vocabulary of the logits at every label row */
+    bool mean_logit; /* also compute mean over the vocabulary of the logits at every label row */
 } stv_forward_options;
 
 /* After it: logp, and the views below, valid until the next forward on this run. The arena grows only when a batch needs more than any
@@ -209,16 +214,16 @@ size_t stv_run_arena_bytes(const stv_run *run); /* held now */
 /* Parts alone, with the same options. Features out of the tower: (n_images*T, E). all_layers: also compute hidden_states[0..n_layers],
  * and the pooled class token, for inspection. */
 stv_status stv_run_vision_forward(stv_run *run, const stv_forward_options *options, bool all_layers);
-const void *stv_run_vision_features(const stv_run *run);           /* (n_images*T, E) */
-const void *stv_run_vision_hidden(const stv_run *run, int64_t i);  /* (n_images*(patches+1), E) after all_layers, else NULL */
-const void *stv_run_vision_pooled(const stv_run *run);             /* (n_images, E) post-LayerNorm of the class token, after all_layers */
+const void *stv_run_vision_features(const stv_run *run);          /* (n_images*T, E) */
+const void *stv_run_vision_hidden(const stv_run *run, int64_t i); /* (n_images*(patches+1), E) after all_layers, else NULL */
+const void *stv_run_vision_pooled(const stv_run *run);            /* (n_images, E) post-LayerNorm of the class token, after all_layers */
 stv_status stv_run_vision_backward(stv_run *run, const void *dfeatures);
 
 /* in (n_images*n_tokens, E); n_tokens need not be the tower's. options: theta and train only. */
 stv_status stv_run_projector_forward(stv_run *run, const void *in, int64_t n_images, int64_t n_tokens, const stv_forward_options *options);
-const void *stv_run_projector_output(const stv_run *run);         /* (n_images*n_tokens, D) */
-const int32_t *stv_run_cluster_assignment(const stv_run *run);    /* (n_images*n_tokens) centre of each token; NULL for other kinds */
-const double *stv_run_cluster_margin(const stv_run *run);         /* (n_images*n_tokens) best minus second-best similarity */
+const void *stv_run_projector_output(const stv_run *run);      /* (n_images*n_tokens, D) */
+const int32_t *stv_run_cluster_assignment(const stv_run *run); /* (n_images*n_tokens) centre of each token; NULL for other kinds */
+const double *stv_run_cluster_margin(const stv_run *run);      /* (n_images*n_tokens) best minus second-best similarity */
 /* Fills din (n_images*n_tokens, E) unless NULL. */
 stv_status stv_run_projector_backward(stv_run *run, const void *dout, void *din);
 
@@ -228,9 +233,22 @@ stv_status stv_run_encode(stv_run *run, const stv_forward_options *options, void
 /* ---- training --------------------------------------------------------------------------------------------------------------- */
 
 typedef enum stv_loss_type {
-    STV_LOSS_SIGMOID, STV_LOSS_HINGE, STV_LOSS_IPO, STV_LOSS_EXO_PAIR, STV_LOSS_NCA_PAIR, STV_LOSS_ROBUST, STV_LOSS_BCO_PAIR,
-    STV_LOSS_SPPO_HARD, STV_LOSS_AOT, STV_LOSS_AOT_UNPAIRED, STV_LOSS_APO_ZERO, STV_LOSS_APO_DOWN, STV_LOSS_DISCOPOP, STV_LOSS_SFT,
-    STV_LOSS_SIGMOID_NORM, STV_LOSS_COUNT
+    STV_LOSS_SIGMOID,
+    STV_LOSS_HINGE,
+    STV_LOSS_IPO,
+    STV_LOSS_EXO_PAIR,
+    STV_LOSS_NCA_PAIR,
+    STV_LOSS_ROBUST,
+    STV_LOSS_BCO_PAIR,
+    STV_LOSS_SPPO_HARD,
+    STV_LOSS_AOT,
+    STV_LOSS_AOT_UNPAIRED,
+    STV_LOSS_APO_ZERO,
+    STV_LOSS_APO_DOWN,
+    STV_LOSS_DISCOPOP,
+    STV_LOSS_SFT,
+    STV_LOSS_SIGMOID_NORM,
+    STV_LOSS_COUNT
 } stv_loss_type;
 typedef enum stv_f_divergence { STV_REVERSE_KL, STV_FORWARD_KL, STV_JS_DIVERGENCE, STV_ALPHA_DIVERGENCE } stv_f_divergence;
 
@@ -240,20 +258,20 @@ typedef struct stv_preference_config {
     const double *weights;      /* (n_losses) */
     double beta, label_smoothing, discopop_tau;
     stv_f_divergence f_divergence;
-    double alpha;               /* of alpha_divergence */
-    bool reference_free;        /* reference log-probs count as 0 */
+    double alpha;        /* of alpha_divergence */
+    bool reference_free; /* reference log-probs count as 0 */
 } stv_preference_config;
 
 typedef struct stv_preference_input { /* each (n_pairs); log-probs are sums over a sequence's targets */
     int64_t n_pairs;
     const double *policy_chosen, *policy_rejected, *reference_chosen, *reference_rejected; /* reference: NULL iff reference_free */
-    const double *chosen_tokens, *rejected_tokens; /* target counts */
+    const double *chosen_tokens, *rejected_tokens;                                         /* target counts */
 } stv_preference_input;
 
 /* Fills loss (1), per_pair (n_losses, n_pairs) unweighted, dchosen and drejected (n_pairs) = d loss / d policy log-prob. Errors: argument. */
 stv_status stv_preference_loss(double *loss, double *per_pair, double *dchosen, double *drejected, const stv_preference_config *config,
                                const stv_preference_input *input);
-const char *stv_loss_name(stv_loss_type type);      /* "sigmoid", ... as in TRL; NULL beyond the end */
+const char *stv_loss_name(stv_loss_type type); /* "sigmoid", ... as in TRL; NULL beyond the end */
 
 typedef struct stv_adamw_range { /* one parameter group, or part of one: elements [begin, end) of the flat buffer */
     int64_t begin, end;
@@ -301,7 +319,7 @@ typedef struct stv_generator stv_generator; /* owns the key/value cache of one b
  * Nothing is borrowed after the call but the model. forward: pixels/features, theta and adapters only. */
 stv_status stv_generator_create(stv_generator **out, stv_model *model, const stv_batch *batch, const stv_forward_options *forward,
                                 const stv_generate_options *options);
-void stv_generator_free(stv_generator *generator); /* takes NULL */
+void stv_generator_free(stv_generator *generator);              /* takes NULL */
 int64_t stv_generator_n(const stv_generator *generator);        /* continuations */
 int64_t stv_generator_n_active(const stv_generator *generator); /* not finished */
 /* The logits the next step draws from: (n, V) real, rows of finished continuations stale. Valid until the next step. */

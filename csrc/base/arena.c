@@ -22,7 +22,9 @@ stv_status stv_arena_create(stv_arena *arena, size_t capacity)
 {
     *arena = (stv_arena){0};
     arena->base = stv_alloc(capacity);
-    if (!arena->base) return stv_fail(STV_ERR_MEMORY, "arena: no memory for %zu bytes of activations and scratch; use a smaller batch or recompute more layers", capacity);
+    if (!arena->base)
+        return stv_fail(STV_ERR_MEMORY, "arena: no memory for %zu bytes of activations and scratch; use a smaller batch or recompute more layers",
+                        capacity);
     arena->capacity = capacity;
     ASAN_POISON_MEMORY_REGION(arena->base, capacity);
     return STV_OK;

@@ -13,8 +13,8 @@ static stv_cpu_level detect(void)
     /* The builtin also asks whether the operating system saves the wide registers. */
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = STV_CPU_AVX2;
-    if (level == STV_CPU_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (level == STV_CPU_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
         level = STV_CPU_AVX512;
 #endif
     const char *wish = getenv("STLLAVA_CPU");

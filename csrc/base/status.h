@@ -32,9 +32,9 @@ stv_status stv_fail(stv_status code, const char *fmt, ...)
 /* The message of the last failure on this thread; "" if there was none. Valid until the next failure. */
 const char *stv_last_error(void);
 
-#define STV_TRY(expr)                          \
-    do {                                       \
-        stv_status stv_try_status_ = (expr);   \
+#define STV_TRY(expr) \
+    do { \
+        stv_status stv_try_status_ = (expr); \
         if (stv_try_status_ != STV_OK) return stv_try_status_; \
     } while (0)
 

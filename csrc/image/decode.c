@@ -92,14 +92,15 @@ static stv_status walk_png(header *h, const file *f)
 {
     int palette_bits = 0, n_idat = 0;
     bool palette = false;
-    for (size_t at = 8; ; ) {
+    for (size_t at = 8;;) {
         if (f->n - at < 12 || be32(f->p + at) > f->n - at - 12) return stv_fail(STV_ERR_FORMAT, "PNG: truncated after %zu bytes", f->n);
         const uint8_t *name = f->p + at + 4, *data = name + 4;
         const size_t n = be32(f->p + at);
         const bool is_first = at == 8;
         if (f->whole && crc32_of(name, n + 4) != be32(data + n)) return stv_fail(STV_ERR_FORMAT, "PNG: wrong checksum in the chunk at byte %zu", at);
         at += n + 12;
-        if (is_first != !memcmp(name, "IHDR", 4) || (is_first && n != 13)) return stv_fail(STV_ERR_FORMAT, "PNG: wants one IHDR chunk of 13 bytes, first");
+        if (is_first != !memcmp(name, "IHDR", 4) || (is_first && n != 13))
+            return stv_fail(STV_ERR_FORMAT, "PNG: wants one IHDR chunk of 13 bytes, first");
         const bool idat_ended = n_idat > 0 && memcmp(name, "IDAT", 4);
         if (is_first) {
             STV_TRY(read_ihdr(h, data, &palette_bits));
@@ -147,7 +148,7 @@ static bool is_frame_header(int marker) { return marker >= 0xc0 && marker <= 0xc
 static stv_status read_jpeg_size(header *h, const file *f)
 {
     refuse(h, "a JPEG");
-    for (size_t at = 2; ; ) {
+    for (size_t at = 2;;) {
         while (f->n - at >= 2 && f->p[at] == 0xff && f->p[at + 1] == 0xff) at++; /* fill bytes */
         if (f->n - at < 4 || be16(f->p + at + 2) > f->n - at - 2) return stv_fail(STV_ERR_FORMAT, "JPEG: truncated after %zu bytes", f->n);
         const int marker = f->p[at + 1];
@@ -170,7 +171,8 @@ static stv_status walk(header *h, const void *bytes, size_t n, bool whole)
 {
     const file f = {.p = bytes, .n = n, .whole = whole};
     *h = (header){0};
-    if (n > STV_IMAGE_MAX_FILE_BYTES) return stv_fail(STV_ERR_UNSUPPORTED, "image: a file of %zu bytes, the limit is %d", n, STV_IMAGE_MAX_FILE_BYTES);
+    if (n > STV_IMAGE_MAX_FILE_BYTES)
+        return stv_fail(STV_ERR_UNSUPPORTED, "image: a file of %zu bytes, the limit is %d", n, STV_IMAGE_MAX_FILE_BYTES);
     if (n >= 8 && !memcmp(bytes, "\x89PNG\r\n\x1a\n", 8)) return walk_png(h, &f);
     if (n >= 3 && !memcmp(bytes, "\xff\xd8\xff", 3)) return read_jpeg_size(h, &f);
     if (n >= 2 && !memcmp(bytes, "BM", 2)) return walk_bmp(h, &f);
@@ -248,6 +250,7 @@ stv_status stv_image_decode(const void *bytes, size_t n, uint8_t *rgb, size_t rg
     STV_TRY(walk(&h, bytes, n, true));
     if (h.refusal) return stv_fail(STV_ERR_UNSUPPORTED, "image: %s", h.refusal);
     const size_t want = (size_t)h.width_px * (size_t)h.height_px * 3;
-    if (rgb_bytes != want) return stv_fail(STV_ERR_SHAPE, "image: %dx%d pixels want a buffer of %zu bytes, found %zu", h.width_px, h.height_px, want, rgb_bytes);
+    if (rgb_bytes != want)
+        return stv_fail(STV_ERR_SHAPE, "image: %dx%d pixels want a buffer of %zu bytes, found %zu", h.width_px, h.height_px, want, rgb_bytes);
     return decode(rgb, &h, bytes, n);
 }

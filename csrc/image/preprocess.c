@@ -81,7 +81,8 @@ stv_status stv_image_preprocess(float *chw, const uint8_t *rgb, int width_px, in
     for (int c = 0; c < 3; c++) {
         const float mean = options->mean[c], std = options->std[c];
         if (!isfinite(mean) || !isfinite(std) || !(std > 0))
-            return stv_fail(STV_ERR_ARGUMENT, "image: channel %d wants a finite mean and std > 0, found mean %g, std %g", c, (double)mean, (double)std);
+            return stv_fail(STV_ERR_ARGUMENT, "image: channel %d wants a finite mean and std > 0, found mean %g, std %g", c, (double)mean,
+                            (double)std);
         /* the reference multiplies by the factor written in its configuration, in double, and goes on in float */
         for (int byte = 0; byte < 256; byte++) sink.value[c][byte] = ((float)(byte * 0.00392156862745098) - mean) / std;
     }

@@ -74,10 +74,8 @@ static void fill_weights(axis *a, double *w)
         for (int k = 0; k < end - begin; k++) {
             const int32_t fixed = to_fixed(sum != 0.0 ? w[k] / sum : w[k]);
             const int own = k + begin - a->left;
-            if (own >= 0 && own < a->n_own)
-                weight[a->count[i]++] = fixed;
-            else
-                a->beside[i] += fixed;
+            if (own >= 0 && own < a->n_own) weight[a->count[i]++] = fixed;
+            else a->beside[i] += fixed;
         }
     }
 }

@@ -24,7 +24,7 @@ typedef struct stv_resize {
     int width_px, height_px;
     int canvas_width_px, canvas_height_px, left_px, top_px; /* where the picture lies on the canvas */
     uint8_t background[3];
-    int resized_width_px, resized_height_px; /* the whole canvas becomes this */
+    int resized_width_px, resized_height_px;                              /* the whole canvas becomes this */
     int window_left_px, window_top_px, window_width_px, window_height_px; /* of which this part is computed */
 } stv_resize;
 

@@ -148,7 +148,8 @@ static stv_status check(const stv_model *model, const stv_batch *batch, const st
         return stv_fail(STV_ERR_ARGUMENT, "generator: n_per_sequence is %lld, want 1..%d", (long long)o->n_per_sequence, 1 << 20);
     if (o->max_new_tokens < 1 || o->max_new_tokens > 1 << 24)
         return stv_fail(STV_ERR_ARGUMENT, "generator: max_new_tokens is %lld, want 1..%d", (long long)o->max_new_tokens, 1 << 24);
-    if (o->n_eos < 0 || (o->n_eos > 0 && !o->eos_ids)) return stv_fail(STV_ERR_ARGUMENT, "generator: %lld eos ids, but none given", (long long)o->n_eos);
+    if (o->n_eos < 0 || (o->n_eos > 0 && !o->eos_ids))
+        return stv_fail(STV_ERR_ARGUMENT, "generator: %lld eos ids, but none given", (long long)o->n_eos);
     for (int64_t q = 0; q < batch->view.n_sequences; q++)
         if (batch->sequence_last_row[q] < 0) return stv_fail(STV_ERR_ARGUMENT, "generator: sequence %lld has no tokens to continue", (long long)q);
     return STV_OK;
@@ -227,7 +228,10 @@ stv_status STV_TYPED(stv_generator_create)(stv_generator **out, stv_model *model
                                            const stv_generate_options *options)
 {
     *out = NULL;
-    stv_forward_options only = {.pixels = forward->pixels, .features = forward->features, .n_images = forward->n_images, .theta = forward->theta,
+    stv_forward_options only = {.pixels = forward->pixels,
+                                .features = forward->features,
+                                .n_images = forward->n_images,
+                                .theta = forward->theta,
                                 .adapters = forward->adapters};
     STV_TRY(check(model, batch, &only, options));
     stv_generator *g = stv_alloc_zero(sizeof *g);

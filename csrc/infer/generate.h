@@ -14,25 +14,25 @@ STV_DECLARE(void, stv_generator_free, stv_generator *generator);
 STV_DECLARE(stv_status, stv_generator_step, stv_generator *generator, int32_t *tokens, double *logp);
 STV_DECLARE(stv_status, stv_generator_finish, stv_generator *generator, int64_t i);
 
-struct stv_kv_cache;   /* one for each precision */
+struct stv_kv_cache; /* one for each precision */
 struct stv_llava_pass;
 
 struct stv_generator {
     stv_model *model;
-    uint64_t layout;                  /* of the model at creation */
+    uint64_t layout; /* of the model at creation */
     stv_sampling sampling;
-    stv_forward_options forward;      /* theta and adapters go on in every step */
-    void *theta;                      /* (n_trainable) copy of forward.theta, owned; NULL: the model's own */
+    stv_forward_options forward; /* theta and adapters go on in every step */
+    void *theta;                 /* (n_trainable) copy of forward.theta, owned; NULL: the model's own */
     int64_t n, n_active, n_steps, max_new_tokens;
     int64_t n_eos;
-    int32_t *eos_ids;                 /* (n_eos), owned, like all below */
-    uint64_t *seeds;                  /* (n) */
-    bool *finished;                   /* (n) */
-    int64_t *active;                  /* (n) numbers of the unfinished, in order */
-    int64_t *next_token;              /* (n) of the active, in order */
-    double *draw_logp;                /* (n); NaN: logits that are no numbers */
-    int32_t *draw_token;              /* (n) */
-    void *logits;                     /* (n,V) real */
+    int32_t *eos_ids;    /* (n_eos), owned, like all below */
+    uint64_t *seeds;     /* (n) */
+    bool *finished;      /* (n) */
+    int64_t *active;     /* (n) numbers of the unfinished, in order */
+    int64_t *next_token; /* (n) of the active, in order */
+    double *draw_logp;   /* (n); NaN: logits that are no numbers */
+    int32_t *draw_token; /* (n) */
+    void *logits;        /* (n,V) real */
     struct stv_kv_cache *cache;
     struct stv_llava_pass *pass;
     stv_arena arena;

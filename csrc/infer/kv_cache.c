@@ -31,10 +31,12 @@ stv_status stv_kv_cache_create(stv_kv_cache *cache, const stv_model *model, cons
     const stv_batch_view *view = &batch->view;
     int64_t n_path_spans = 0;
     for (int64_t q = 0; q < view->n_sequences; q++) n_path_spans += batch->plan.segments[view->sequence_leaf[q]].n_spans;
-    *cache = (stv_kv_cache){.n = view->n_sequences * n_per_sequence, .n_per_sequence = n_per_sequence, .max_new = max_new, .n_prompt_rows = view->n_rows};
+    *cache =
+        (stv_kv_cache){.n = view->n_sequences * n_per_sequence, .n_per_sequence = n_per_sequence, .max_new = max_new, .n_prompt_rows = view->n_rows};
     cache->rows.n_rows = view->n_rows + cache->n * max_new;
     if (!alloc_rows(cache, &model->config.decoder) || !alloc_plans(cache, view->n_sequences, n_path_spans))
-        return stv_fail(STV_ERR_MEMORY, "generator: no memory for the keys and values of %lld rows (%lld prompt rows, %lld continuations of up to %lld tokens)",
+        return stv_fail(STV_ERR_MEMORY,
+                        "generator: no memory for the keys and values of %lld rows (%lld prompt rows, %lld continuations of up to %lld tokens)",
                         (long long)cache->rows.n_rows, (long long)view->n_rows, (long long)cache->n, (long long)max_new);
     n_path_spans = 0;
     for (int64_t q = 0; q < view->n_sequences; q++) {
@@ -44,7 +46,11 @@ stv_status stv_kv_cache_create(stv_kv_cache *cache, const stv_model *model, cons
         cache->path_position[q] = view->row_position[batch->sequence_last_row[q]] + 1;
         n_path_spans += leaf.n_spans;
     }
-    cache->plan = (stv_attn_plan){.segments = cache->segments, .spans = cache->spans, .group_begin = cache->group_begin, .n_groups = 1, .causal = true,
+    cache->plan = (stv_attn_plan){.segments = cache->segments,
+                                  .spans = cache->spans,
+                                  .group_begin = cache->group_begin,
+                                  .n_groups = 1,
+                                  .causal = true,
                                   .window = batch->plan.window};
     return STV_OK;
 }

@@ -14,19 +14,19 @@
 #define stv_kv_cache_plan STV_TYPED(stv_kv_cache_plan)
 
 typedef struct stv_kv_cache {
-    stv_decoder_cache rows;          /* owned; .row is where the next pass writes (NULL: prefill) */
+    stv_decoder_cache rows; /* owned; .row is where the next pass writes (NULL: prefill) */
     int64_t n, n_per_sequence, max_new;
     int64_t n_prompt_rows;
-    stv_attn_segment *path;          /* (Q) spans of each sequence's path in path_spans */
+    stv_attn_segment *path; /* (Q) spans of each sequence's path in path_spans */
     stv_span *path_spans;
-    int32_t *path_position;          /* (Q) position after the prompt */
-    int64_t *length;                 /* (n) own rows so far */
+    int32_t *path_position; /* (Q) position after the prompt */
+    int64_t *length;        /* (n) own rows so far */
     /* the next pass: one row of each continuation asked for */
     stv_attn_plan plan;
-    stv_attn_segment *segments;      /* (n) */
+    stv_attn_segment *segments; /* (n) */
     stv_span *spans;
-    int64_t *row;                    /* (n) */
-    int32_t *position;               /* (n) */
+    int64_t *row;      /* (n) */
+    int32_t *position; /* (n) */
     int64_t group_begin[2];
 } stv_kv_cache;
 

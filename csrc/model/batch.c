@@ -9,14 +9,14 @@
 
 /* What one segment adds to its parent's path. */
 typedef struct node {
-    int64_t row;           /* first row */
+    int64_t row; /* first row */
     int64_t n_rows;
-    int64_t last_row;      /* last row of the path, -1: none */
-    int64_t path_rows;     /* rows from the root to its end: the position after it */
+    int64_t last_row;  /* last row of the path, -1: none */
+    int64_t path_rows; /* rows from the root to its end: the position after it */
     int64_t path_targets;
-    int64_t depth;         /* segments on the path */
-    int64_t image_ref;     /* number of its first image token */
-    int32_t child;         /* while walking a path: the next segment on it */
+    int64_t depth;     /* segments on the path */
+    int64_t image_ref; /* number of its first image token */
+    int32_t child;     /* while walking a path: the next segment on it */
     bool is_leaf;
 } node;
 
@@ -71,16 +71,18 @@ static stv_status count_token(builder *b, int64_t s, int64_t i, int64_t *image_r
     int32_t id = spec->ids[i], label = spec->labels ? spec->labels[i] : STV_IGNORE_INDEX;
     long long token = (long long)(i - spec->begin[s]), segment = (long long)s;
     if (id == STV_IMAGE_TOKEN) {
-        if (b->T == 0) return stv_fail(STV_ERR_ARGUMENT, "batch: segment %lld, token %lld is an image, but the model has no vision tower", segment, token);
+        if (b->T == 0)
+            return stv_fail(STV_ERR_ARGUMENT, "batch: segment %lld, token %lld is an image, but the model has no vision tower", segment, token);
         if (*image_ref >= spec->n_image_refs)
-            return stv_fail(STV_ERR_SHAPE, "batch: segment %lld, token %lld is image number %lld, but only %lld image references are given", segment, token,
-                            (long long)*image_ref, (long long)spec->n_image_refs);
+            return stv_fail(STV_ERR_SHAPE, "batch: segment %lld, token %lld is image number %lld, but only %lld image references are given", segment,
+                            token, (long long)*image_ref, (long long)spec->n_image_refs);
         int32_t image = spec->image[(*image_ref)++];
         if (image < 0 || image >= spec->n_images)
             return stv_fail(STV_ERR_ARGUMENT, "batch: segment %lld, token %lld shows image %d, want 0..%lld", segment, token, image,
                             (long long)spec->n_images - 1);
         if (label != STV_IGNORE_INDEX)
-            return stv_fail(STV_ERR_ARGUMENT, "batch: segment %lld, token %lld is an image with label %d, want %d", segment, token, label, STV_IGNORE_INDEX);
+            return stv_fail(STV_ERR_ARGUMENT, "batch: segment %lld, token %lld is an image with label %d, want %d", segment, token, label,
+                            STV_IGNORE_INDEX);
     } else if (id < 0 || id >= b->V) {
         return stv_fail(STV_ERR_ARGUMENT, "batch: segment %lld, token %lld has id %d, want 0..%lld or %d (image)", segment, token, id,
                         (long long)b->V - 1, STV_IMAGE_TOKEN);
@@ -286,15 +288,31 @@ static stv_status build(stv_batch *batch, builder *b, int64_t window)
     int64_t n_predicting = fill_groups(b);
 
     batch->view = (stv_batch_view){
-        .n_rows = b->n_rows, .n_segments = b->spec->n_segments, .n_sequences = b->n_sequences, .n_targets = b->n_targets,
-        .n_images = b->spec->n_images, .row_token = b->row_token, .row_feature = b->row_feature, .row_position = b->row_position,
-        .row_sample = b->row_sample, .segment_row = b->segment_row, .sequence_leaf = b->sequence_leaf, .sequence_begin = b->sequence_begin,
-        .target_row = b->target_row, .label_row = b->label_row, .target_token = b->target_token,
+        .n_rows = b->n_rows,
+        .n_segments = b->spec->n_segments,
+        .n_sequences = b->n_sequences,
+        .n_targets = b->n_targets,
+        .n_images = b->spec->n_images,
+        .row_token = b->row_token,
+        .row_feature = b->row_feature,
+        .row_position = b->row_position,
+        .row_sample = b->row_sample,
+        .segment_row = b->segment_row,
+        .sequence_leaf = b->sequence_leaf,
+        .sequence_begin = b->sequence_begin,
+        .target_row = b->target_row,
+        .label_row = b->label_row,
+        .target_token = b->target_token,
     };
-    batch->plan = (stv_attn_plan){.segments = b->segments, .spans = b->spans, .group_begin = b->group_begin, .n_segments = b->spec->n_segments,
-                                  .n_groups = b->n_trees, .causal = true, .window = window};
-    batch->targets = (stv_targets){.n_rows = n_predicting, .n_targets = b->n_targets, .row_begin = b->row_begin, .order = b->order,
-                                   .token = b->target_token};
+    batch->plan = (stv_attn_plan){.segments = b->segments,
+                                  .spans = b->spans,
+                                  .group_begin = b->group_begin,
+                                  .n_segments = b->spec->n_segments,
+                                  .n_groups = b->n_trees,
+                                  .causal = true,
+                                  .window = window};
+    batch->targets =
+        (stv_targets){.n_rows = n_predicting, .n_targets = b->n_targets, .row_begin = b->row_begin, .order = b->order, .token = b->target_token};
     batch->predicting_row = b->predicting_row;
     batch->sequence_last_row = b->sequence_last_row;
     batch->image_sample = b->image_sample;

@@ -13,14 +13,14 @@
 #include "ops/plan.h"
 
 struct stv_batch {
-    const stv_model *model;          /* the one it was made for */
+    const stv_model *model; /* the one it was made for */
     stv_batch_view view;
-    stv_attn_plan plan;              /* segments as given, one group for each tree */
-    stv_targets targets;             /* grouped by predicting row */
-    const int64_t *predicting_row;   /* (targets.n_rows) packed row of each group */
+    stv_attn_plan plan;               /* segments as given, one group for each tree */
+    stv_targets targets;              /* grouped by predicting row */
+    const int64_t *predicting_row;    /* (targets.n_rows) packed row of each group */
     const int64_t *sequence_last_row; /* (Q) last row of the path; -1: the path has none */
-    const uint64_t *image_sample;    /* (n_images) dropout key of the first segment that shows the image */
-    stv_arena memory;                /* owned: every array above */
+    const uint64_t *image_sample;     /* (n_images) dropout key of the first segment that shows the image */
+    stv_arena memory;                 /* owned: every array above */
 };
 
 #endif

@@ -83,8 +83,7 @@ stv_status stv_config_check(const stv_model_config *c)
     if (c->has_decoder) STV_TRY(check_decoder(&c->decoder));
     if (c->has_vision && c->has_decoder && !c->has_projector)
         return stv_fail(STV_ERR_ARGUMENT, "config: a tower and a decoder need a projector between them (kind identity if the widths agree)");
-    if (c->has_vision && c->has_projector)
-        STV_TRY(is_equal("projector.in_size", c->projector.in_size, "vision.hidden_size", c->vision.hidden_size));
+    if (c->has_vision && c->has_projector) STV_TRY(is_equal("projector.in_size", c->projector.in_size, "vision.hidden_size", c->vision.hidden_size));
     if (c->has_projector && c->has_decoder)
         STV_TRY(is_equal("projector.out_size", c->projector.out_size, "decoder.hidden_size", c->decoder.hidden_size));
     if (c->has_vision && c->has_projector && c->projector.kind == STV_PROJECTOR_CLUSTER)

@@ -19,10 +19,17 @@ static layer resolve(const stv_weights *w, int64_t i_layer)
 {
     const stv_decoder_layer *l = &w->model->decoder.layers[i_layer];
     return (layer){
-        .input_norm = stv_weight(w, l->input_norm), .dinput_norm = stv_weight_grad(w, l->input_norm),
-        .post_norm = stv_weight(w, l->post_norm), .dpost_norm = stv_weight_grad(w, l->post_norm),
-        .q = stv_weights_linear(w, l->q), .k = stv_weights_linear(w, l->k), .v = stv_weights_linear(w, l->v), .o = stv_weights_linear(w, l->o),
-        .gate = stv_weights_linear(w, l->gate), .up = stv_weights_linear(w, l->up), .down = stv_weights_linear(w, l->down),
+        .input_norm = stv_weight(w, l->input_norm),
+        .dinput_norm = stv_weight_grad(w, l->input_norm),
+        .post_norm = stv_weight(w, l->post_norm),
+        .dpost_norm = stv_weight_grad(w, l->post_norm),
+        .q = stv_weights_linear(w, l->q),
+        .k = stv_weights_linear(w, l->k),
+        .v = stv_weights_linear(w, l->v),
+        .o = stv_weights_linear(w, l->o),
+        .gate = stv_weights_linear(w, l->gate),
+        .up = stv_weights_linear(w, l->up),
+        .down = stv_weights_linear(w, l->down),
     };
 }
 
@@ -194,7 +201,8 @@ void stv_decoder_head_forward(stv_exec *x, stv_decoder_head *head, const stv_wei
     head->rstd = stv_reals(x, head->n, 1);
     head->h = stv_reals(x, head->n, c->hidden_size);
     stv_gather_rows(x, head->in, stream, head->row, head->n, c->hidden_size);
-    stv_rmsnorm_forward(x, head->h, head->rstd, head->in, stv_weight(weights, weights->model->decoder.norm), head->n, c->hidden_size, c->rms_norm_eps);
+    stv_rmsnorm_forward(x, head->h, head->rstd, head->in, stv_weight(weights, weights->model->decoder.norm), head->n, c->hidden_size,
+                        c->rms_norm_eps);
 }
 
 void stv_decoder_head_backward(stv_exec *x, real *dstream, const real *dh, const stv_decoder_head *head, const stv_weights *weights)

@@ -25,11 +25,11 @@ typedef struct stv_decoder_cache {
     const int64_t *row;
 } stv_decoder_cache;
 
-typedef struct stv_decoder_saved { /* one layer, for backward; D width, F intermediate size */
-    real *in, *normed1, *rstd1;        /* (R,D) (R,D) (R) */
-    real *q, *k, *v, *attn, *lse;      /* (R, heads, head_dim) ...; lse (R,H) */
-    real *mid, *normed2, *rstd2;       /* (R,D): after attention */
-    real *gate, *up, *act;             /* (R,F) */
+typedef struct stv_decoder_saved {                        /* one layer, for backward; D width, F intermediate size */
+    real *in, *normed1, *rstd1;                           /* (R,D) (R,D) (R) */
+    real *q, *k, *v, *attn, *lse;                         /* (R, heads, head_dim) ...; lse (R,H) */
+    real *mid, *normed2, *rstd2;                          /* (R,D): after attention */
+    real *gate, *up, *act;                                /* (R,F) */
     real *u_q, *u_k, *u_v, *u_o, *u_gate, *u_up, *u_down; /* of the adapters */
 } stv_decoder_saved;
 
@@ -37,7 +37,7 @@ typedef struct stv_decoder_pass {
     /* set before forward; borrowed until backward is done */
     const stv_weights *weights;
     int64_t n_rows;
-    const int32_t *position;        /* (R) */
+    const int32_t *position; /* (R) */
     const stv_attn_plan *plan;
     const stv_dropout *dropout;     /* NULL: off */
     const stv_decoder_cache *cache; /* NULL: keys are the rows of this pass */
@@ -45,8 +45,8 @@ typedef struct stv_decoder_pass {
     bool input_grad;                /* backward goes on below the stack */
     /* left by forward */
     real *angles;
-    int64_t lowest;                 /* the lowest layer that backward enters; n_layers: none */
-    stv_decoder_saved *layers;      /* (n_layers), the owner's */
+    int64_t lowest;            /* the lowest layer that backward enters; n_layers: none */
+    stv_decoder_saved *layers; /* (n_layers), the owner's */
 } stv_decoder_pass;
 
 /* Returns (R,D) in the arena. `in` (R,D) stays borrowed until backward is done. */
@@ -55,10 +55,10 @@ real *stv_decoder_forward(stv_exec *x, stv_decoder_pass *pass, real *in);
 void stv_decoder_backward(stv_exec *x, const stv_decoder_pass *pass, real *dh);
 
 typedef struct stv_decoder_head { /* the rows whose logits are wanted: gathered, normed */
-    const int64_t *row; /* (n), borrowed */
+    const int64_t *row;           /* (n), borrowed */
     int64_t n;
-    real *in, *rstd;    /* (n,D), (n) saved for backward */
-    real *h;            /* (n,D): logits are h W^T */
+    real *in, *rstd; /* (n,D), (n) saved for backward */
+    real *h;         /* (n,D): logits are h W^T */
 } stv_decoder_head;
 
 void stv_decoder_head_forward(stv_exec *x, stv_decoder_head *head, const stv_weights *weights, const real *stream);

@@ -5,7 +5,7 @@
 #include "stllava.h"
 
 #define STV_DECLARE(result, name, ...) \
-    result name##_f32(__VA_ARGS__);    \
+    result name##_f32(__VA_ARGS__); \
     result name##_f64(__VA_ARGS__)
 
 STV_DECLARE(stv_status, stv_model_merge_lora, stv_model *model);

@@ -28,7 +28,8 @@ stv_status stv_inputs_check(const stv_model *model, const stv_batch *batch, cons
     if (n_images > 0) {
         if (options->n_images != n_images)
             return stv_fail(STV_ERR_SHAPE, "the batch shows %lld images, the options bring %lld", (long long)n_images, (long long)options->n_images);
-        if (options->pixels && options->features) return stv_fail(STV_ERR_ARGUMENT, "both pixels and features of %lld images, want one", (long long)n_images);
+        if (options->pixels && options->features)
+            return stv_fail(STV_ERR_ARGUMENT, "both pixels and features of %lld images, want one", (long long)n_images);
         if (!options->features) STV_TRY(stv_inputs_check_images(model, options, STV_PART_VISION | STV_PART_PROJECTOR, false));
     }
     STV_TRY(check_merged(model, options));
@@ -72,8 +73,8 @@ stv_status stv_image_rows_set(stv_image_rows *rows, const stv_vision_config *vis
         }
     }
     if (n_images) rows->group_begin[n_images] = n_images;
-    rows->plan = (stv_attn_plan){.segments = rows->segments, .spans = rows->spans, .group_begin = rows->group_begin, .n_segments = n_images,
-                                 .n_groups = n_images};
+    rows->plan = (stv_attn_plan){
+        .segments = rows->segments, .spans = rows->spans, .group_begin = rows->group_begin, .n_segments = n_images, .n_groups = n_images};
     return STV_OK;
 }
 

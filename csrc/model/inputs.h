@@ -11,16 +11,16 @@ stv_status stv_inputs_check(const stv_model *model, const stv_batch *batch, cons
 
 /* The tower sees an image as P+1 rows, the class token first, and every row sees all rows of its image. */
 typedef struct stv_image_rows {
-    int64_t n_images, n_rows;      /* rows: n_images * (P+1) */
+    int64_t n_images, n_rows; /* rows: n_images * (P+1) */
     stv_attn_plan plan;
-    stv_attn_segment *segments;    /* (n_images), owned, like all below */
-    stv_span *spans;               /* (n_images) */
-    int64_t *group_begin;          /* (n_images+1) */
-    int64_t *selected;             /* (n_images*T) rows that become features */
-    int64_t *class_row;            /* (n_images) */
-    uint64_t *row_sample;          /* (n_rows) dropout key: the sample that shows the image first */
-    int32_t *row_position;         /* (n_rows) */
-    int64_t capacity;              /* images there is room for */
+    stv_attn_segment *segments; /* (n_images), owned, like all below */
+    stv_span *spans;            /* (n_images) */
+    int64_t *group_begin;       /* (n_images+1) */
+    int64_t *selected;          /* (n_images*T) rows that become features */
+    int64_t *class_row;         /* (n_images) */
+    uint64_t *row_sample;       /* (n_rows) dropout key: the sample that shows the image first */
+    int32_t *row_position;      /* (n_rows) */
+    int64_t capacity;           /* images there is room for */
 } stv_image_rows;
 
 /* Lays out n_images; image_sample (n_images), or NULL: the image's number. Grows only when more images come than ever before. Errors: memory. */

@@ -38,8 +38,7 @@ stv_status stv_llava_init(stv_llava_pass *pass, const stv_batch *batch, const st
 {
     const stv_model *model = pass->model;
     int64_t n_images = batch ? batch->view.n_images : options->n_images;
-    if (model->config.has_vision)
-        STV_TRY(stv_image_rows_set(&pass->image_rows, &model->config.vision, n_images, batch ? batch->image_sample : NULL));
+    if (model->config.has_vision) STV_TRY(stv_image_rows_set(&pass->image_rows, &model->config.vision, n_images, batch ? batch->image_sample : NULL));
     pass->batch = batch;
     pass->options = *options;
     pass->options.n_images = n_images;
@@ -119,8 +118,8 @@ void stv_llava_forward(stv_exec *x, stv_llava_pass *pass)
     pass->logp = stv_arena_alloc(x->arena, (size_t)targets->n_targets * sizeof(double));
     pass->lse = stv_arena_alloc(x->arena, (size_t)targets->n_rows * sizeof(double));
     stv_decoder_head_forward(x, &pass->targets, &pass->weights, pass->stream);
-    stv_logprob_forward(x, pass->logp, pass->lse, pass->targets.h, stv_weight(&pass->weights, pass->model->decoder.head), c->hidden_size, c->vocab_size,
-                        targets);
+    stv_logprob_forward(x, pass->logp, pass->lse, pass->targets.h, stv_weight(&pass->weights, pass->model->decoder.head), c->hidden_size,
+                        c->vocab_size, targets);
     if (pass->options.mean_logit) mean_logit_forward(x, pass);
 }
 

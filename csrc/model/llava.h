@@ -20,9 +20,9 @@
 /* Everything one forward leaves behind for its backward and for those who look at it. Parts point into it: it does not move. */
 typedef struct stv_llava_pass {
     const stv_model *model;
-    stv_image_rows image_rows;      /* owned */
+    stv_image_rows image_rows; /* owned */
     /* set by init */
-    const stv_batch *batch;         /* NULL: images only */
+    const stv_batch *batch; /* NULL: images only */
     stv_forward_options options;
     stv_weights weights, vision_weights; /* they differ in whether gradients are wanted */
     stv_dropout row_dropout, image_dropout;
@@ -44,8 +44,8 @@ void stv_llava_free(stv_llava_pass *pass); /* takes NULL */
 /* batch NULL: options->n_images images only. batch and options' pointers are borrowed until the pass is over. Errors: memory. */
 stv_status stv_llava_init(stv_llava_pass *pass, const stv_batch *batch, const stv_forward_options *options);
 
-void stv_llava_encode(stv_exec *x, stv_llava_pass *pass); /* images to features */
-void stv_llava_rows(stv_exec *x, stv_llava_pass *pass);   /* ... and through the decoder */
+void stv_llava_encode(stv_exec *x, stv_llava_pass *pass);  /* images to features */
+void stv_llava_rows(stv_exec *x, stv_llava_pass *pass);    /* ... and through the decoder */
 void stv_llava_forward(stv_exec *x, stv_llava_pass *pass); /* ... to log-probabilities */
 /* dlogp (n_targets). */
 void stv_llava_backward(stv_exec *x, const stv_llava_pass *pass, const double *dlogp);

@@ -90,8 +90,8 @@ static int add_module(builder *b, const char *name, int64_t n_out, int64_t n_in,
         b->out_of_memory = true;
         return 0;
     }
-    m->modules[m->n_modules] = (stv_module){.name = copy, .part = b->part, .influences = b->influences, .weight = weight, .bias = bias_number,
-                                            .lora_a = -1, .lora_b = -1};
+    m->modules[m->n_modules] =
+        (stv_module){.name = copy, .part = b->part, .influences = b->influences, .weight = weight, .bias = bias_number, .lora_a = -1, .lora_b = -1};
     return m->n_modules++;
 }
 
@@ -247,7 +247,12 @@ int64_t stv_model_n_tensors(const stv_model *model) { return model->n_params; }
 stv_tensor_info stv_model_tensor(const stv_model *model, int64_t i)
 {
     const stv_param *p = &model->params[i];
-    stv_tensor_info info = {.name = p->name, .ndim = p->ndim, .size = p->size, .data = p->data, .offset = p->offset, .influences = p->influences,
+    stv_tensor_info info = {.name = p->name,
+                            .ndim = p->ndim,
+                            .size = p->size,
+                            .data = p->data,
+                            .offset = p->offset,
+                            .influences = p->influences,
                             .optional = !p->influences};
     memcpy(info.shape, p->shape, sizeof info.shape);
     return info;
@@ -301,8 +306,7 @@ stv_status stv_model_bind(stv_model *model, const char *name, const void *data, 
     STV_TRY(stv_params_check_unmerged(model, "bind"));
     stv_param *p = &model->params[i];
     if (!data) return stv_fail(STV_ERR_ARGUMENT, "bind \"%s\": no data", name);
-    if (size != p->size)
-        return stv_fail(STV_ERR_SHAPE, "bind \"%s\": %lld elements, want %lld", name, (long long)size, (long long)p->size);
+    if (size != p->size) return stv_fail(STV_ERR_SHAPE, "bind \"%s\": %lld elements, want %lld", name, (long long)size, (long long)p->size);
     if (p->offset >= 0) {
         size_t item = stv_dtype_size(model->dtype);
         p->data = (char *)model->theta + (size_t)p->offset * item;

@@ -16,30 +16,35 @@
 typedef enum stv_part { STV_PART_VISION = 1, STV_PART_PROJECTOR = 2, STV_PART_DECODER = 4 } stv_part; /* a set, as bits */
 
 typedef struct stv_param {
-    char *name;          /* owned */
+    char *name; /* owned */
     int ndim;
     int64_t shape[4], size;
     stv_part part;
     bool influences, adapter;
-    void *data;          /* NULL until bound */
-    void *own;           /* the model's own memory, or NULL */
-    int64_t offset;      /* in theta; -1: frozen */
+    void *data;     /* NULL until bound */
+    void *own;      /* the model's own memory, or NULL */
+    int64_t offset; /* in theta; -1: frozen */
 } stv_param;
 
 typedef struct stv_module { /* a linear layer that can carry an adapter */
     char *name;             /* owned */
     stv_part part;
     bool influences;
-    int weight, bias;       /* tensor numbers; bias -1: none */
-    int lora_a, lora_b;     /* tensor numbers; -1: no adapter */
+    int weight, bias;   /* tensor numbers; bias -1: none */
+    int lora_a, lora_b; /* tensor numbers; -1: no adapter */
     int64_t rank;
     double scale, dropout;
-    void *merged;           /* (N,K) while merged, owned */
+    void *merged; /* (N,K) while merged, owned */
 } stv_module;
 
-typedef struct stv_affine { int weight, bias; } stv_affine; /* tensor numbers */
+typedef struct stv_affine {
+    int weight, bias;
+} stv_affine; /* tensor numbers */
 
-typedef struct stv_vision_layer { stv_affine norm1, norm2; int q, k, v, out, fc1, fc2; /* module numbers */ } stv_vision_layer;
+typedef struct stv_vision_layer {
+    stv_affine norm1, norm2;
+    int q, k, v, out, fc1, fc2; /* module numbers */
+} stv_vision_layer;
 typedef struct stv_vision_params {
     int class_embedding, patch_embedding, position_embedding;
     stv_affine pre_norm, post_norm;
@@ -53,7 +58,10 @@ typedef struct stv_projector_params {
     int sim_alpha, sim_beta;
 } stv_projector_params;
 
-typedef struct stv_decoder_layer { int input_norm, post_norm; int q, k, v, o, gate, up, down; /* module numbers */ } stv_decoder_layer;
+typedef struct stv_decoder_layer {
+    int input_norm, post_norm;
+    int q, k, v, o, gate, up, down; /* module numbers */
+} stv_decoder_layer;
 typedef struct stv_decoder_params {
     int embed, norm, head;
     stv_decoder_layer *layers; /* (n_layers), owned */
@@ -74,11 +82,11 @@ struct stv_model {
     stv_vision_params vision;
     stv_projector_params projector;
     stv_decoder_params decoder;
-    void *theta, *grad;  /* (n_trainable) */
+    void *theta, *grad; /* (n_trainable) */
     int64_t n_trainable;
     bool merged;
-    int64_t n_users;     /* runs and generators alive */
-    uint64_t layout;     /* counts changes of what trains: a backward must not meet another layout than its forward */
+    int64_t n_users; /* runs and generators alive */
+    uint64_t layout; /* counts changes of what trains: a backward must not meet another layout than its forward */
 };
 
 /* Errors: state, naming the first tensor of `parts` that a pass needs and nobody bound. */

@@ -151,9 +151,18 @@ static stv_cluster_saved image_of(const stv_cluster_saved *saved, int64_t i, siz
 {
     int64_t tokens = i * z.L, centers = i * z.N * z.E;
     return (stv_cluster_saved){
-        .v = saved->v + tokens * z.E, .f = saved->f + tokens * z.E, .c_in = saved->c_in + centers * z.rounds, .p = saved->p + centers * z.rounds,
-        .w = saved->w + i * z.rounds * z.N * z.L, .c = saved->c + centers, .g = saved->g + centers, .cosine = saved->cosine + tokens,
-        .s = saved->s + tokens, .margin = saved->margin + tokens, .assigned = saved->assigned + tokens, .n_assigned = saved->n_assigned + i * z.N,
+        .v = saved->v + tokens * z.E,
+        .f = saved->f + tokens * z.E,
+        .c_in = saved->c_in + centers * z.rounds,
+        .p = saved->p + centers * z.rounds,
+        .w = saved->w + i * z.rounds * z.N * z.L,
+        .c = saved->c + centers,
+        .g = saved->g + centers,
+        .cosine = saved->cosine + tokens,
+        .s = saved->s + tokens,
+        .margin = saved->margin + tokens,
+        .assigned = saved->assigned + tokens,
+        .n_assigned = saved->n_assigned + i * z.N,
     };
 }
 
@@ -242,9 +251,9 @@ static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real
 }
 
 typedef struct image_grads { /* of one image; x_hat and c_hat are unit rows of x and C */
-    double *dx, *df;          /* (L,E) */
-    double *dx_hat, *dc_hat;  /* (L,E), (N,E) */
-    double *dg;               /* (N,E) */
+    double *dx, *df;         /* (L,E) */
+    double *dx_hat, *dc_hat; /* (L,E), (N,E) */
+    double *dg;              /* (N,E) */
     double dalpha, dbeta;
 } image_grads;
 
@@ -368,9 +377,16 @@ real *stv_cluster_forward(stv_exec *x, const real *in, int64_t n_images, int64_t
     stv_linear v = stv_weights_affine(weights, weights->model->projector.v), f = stv_weights_affine(weights, weights->model->projector.f);
     real *y = stv_reals(x, n_rows, z.E);
     *saved = (stv_cluster_saved){
-        .v = stv_reals(x, n_rows, z.E), .f = stv_reals(x, n_rows, z.E), .c_in = doubles(x, n_centers * z.rounds, z.E),
-        .p = doubles(x, n_centers * z.rounds, z.E), .w = doubles(x, n_centers * z.rounds, z.L), .c = doubles(x, n_centers, z.E),
-        .g = doubles(x, n_centers, z.E), .cosine = doubles(x, n_rows, 1), .s = doubles(x, n_rows, 1), .margin = doubles(x, n_rows, 1),
+        .v = stv_reals(x, n_rows, z.E),
+        .f = stv_reals(x, n_rows, z.E),
+        .c_in = doubles(x, n_centers * z.rounds, z.E),
+        .p = doubles(x, n_centers * z.rounds, z.E),
+        .w = doubles(x, n_centers * z.rounds, z.L),
+        .c = doubles(x, n_centers, z.E),
+        .g = doubles(x, n_centers, z.E),
+        .cosine = doubles(x, n_rows, 1),
+        .s = doubles(x, n_rows, 1),
+        .margin = doubles(x, n_rows, 1),
         .assigned = stv_arena_alloc(x->arena, (size_t)n_rows * sizeof(int32_t)),
         .n_assigned = stv_arena_alloc(x->arena, (size_t)n_centers * sizeof(int32_t)),
     };

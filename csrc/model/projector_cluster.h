@@ -23,13 +23,13 @@
 #define stv_cluster_trains STV_TYPED(stv_cluster_trains)
 
 typedef struct stv_cluster_saved { /* n images */
-    real *v, *f;            /* (n*L,E) */
-    double *c_in, *p, *w;   /* (n,rounds,N,E), (n,rounds,N,E), (n,rounds,N,L) */
-    double *c, *g;          /* (n,N,E): last centres; what they gathered */
-    double *cosine, *s;     /* (n*L): of each token and its centre */
-    double *margin;         /* (n*L): largest minus second largest S */
-    int32_t *assigned;      /* (n*L): a(l) */
-    int32_t *n_assigned;    /* (n,N) */
+    real *v, *f;                   /* (n*L,E) */
+    double *c_in, *p, *w;          /* (n,rounds,N,E), (n,rounds,N,E), (n,rounds,N,L) */
+    double *c, *g;                 /* (n,N,E): last centres; what they gathered */
+    double *cosine, *s;            /* (n*L): of each token and its centre */
+    double *margin;                /* (n*L): largest minus second largest S */
+    int32_t *assigned;             /* (n*L): a(l) */
+    int32_t *n_assigned;           /* (n,N) */
 } stv_cluster_saved;
 
 /* Returns y (n*L,E) in the arena. */

@@ -136,7 +136,8 @@ static stv_status check_finite(const stv_batch_view *view, const double *logp)
     for (int64_t q = 0; q < view->n_sequences; q++)
         for (int64_t t = view->sequence_begin[q]; t < view->sequence_begin[q + 1]; t++)
             if (!isfinite(logp[t]))
-                return stv_fail(STV_ERR_NUMERIC, "log-probability %g of target %lld (token %d, sequence %lld, row %lld): the model or its input holds NaN or Inf",
+                return stv_fail(STV_ERR_NUMERIC,
+                                "log-probability %g of target %lld (token %d, sequence %lld, row %lld): the model or its input holds NaN or Inf",
                                 logp[t], (long long)t, view->target_token[t], (long long)q, (long long)view->target_row[t]);
     return STV_OK;
 }

@@ -15,10 +15,10 @@ struct stv_run {
     stv_arena arena, side;              /* owned; side: scratch of calls that come after a forward */
     struct stv_llava_pass *pass, *plan; /* owned; plan: of measuring runs */
     int64_t n_vision_recompute, n_decoder_recompute;
-    stv_run_holds holds;                /* which forward the arena belongs to */
+    stv_run_holds holds; /* which forward the arena belongs to */
     bool can_backward;
-    uint64_t layout;                    /* of the model at that forward */
-    int n_threads;                      /* at that forward: scratch was measured for them */
+    uint64_t layout; /* of the model at that forward */
+    int n_threads;   /* at that forward: scratch was measured for them */
     /* views into the arena, NULL unless `holds` has them */
     const double *logp, *mean_logit, *cluster_margin;
     const int32_t *cluster_assignment;

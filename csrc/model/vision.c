@@ -15,9 +15,14 @@ static layer resolve(const stv_weights *w, int64_t i_layer)
     const stv_vision_layer *l = &w->model->vision.layers[i_layer];
     double eps = w->model->config.vision.layer_norm_eps;
     return (layer){
-        .norm1 = stv_weights_norm(w, l->norm1, eps), .norm2 = stv_weights_norm(w, l->norm2, eps), .q = stv_weights_linear(w, l->q),
-        .k = stv_weights_linear(w, l->k), .v = stv_weights_linear(w, l->v), .out = stv_weights_linear(w, l->out),
-        .fc1 = stv_weights_linear(w, l->fc1), .fc2 = stv_weights_linear(w, l->fc2),
+        .norm1 = stv_weights_norm(w, l->norm1, eps),
+        .norm2 = stv_weights_norm(w, l->norm2, eps),
+        .q = stv_weights_linear(w, l->q),
+        .k = stv_weights_linear(w, l->k),
+        .v = stv_weights_linear(w, l->v),
+        .out = stv_weights_linear(w, l->out),
+        .fc1 = stv_weights_linear(w, l->fc1),
+        .fc2 = stv_weights_linear(w, l->fc2),
     };
 }
 
@@ -125,8 +130,10 @@ static embeddings resolve_embeddings(const stv_weights *w)
     return (embeddings){
         .patch = stv_weights_affine(w, (stv_affine){v->patch_embedding, -1}),
         .pre_norm = stv_weights_norm(w, v->pre_norm, w->model->config.vision.layer_norm_eps),
-        .class_embedding = stv_weight(w, v->class_embedding), .dclass_embedding = stv_weight_grad(w, v->class_embedding),
-        .positions = stv_weight(w, v->position_embedding), .dpositions = stv_weight_grad(w, v->position_embedding),
+        .class_embedding = stv_weight(w, v->class_embedding),
+        .dclass_embedding = stv_weight_grad(w, v->class_embedding),
+        .positions = stv_weight(w, v->position_embedding),
+        .dpositions = stv_weight_grad(w, v->position_embedding),
     };
 }
 

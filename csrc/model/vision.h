@@ -15,28 +15,28 @@
 #define stv_vision_forward STV_TYPED(stv_vision_forward)
 #define stv_vision_backward STV_TYPED(stv_vision_backward)
 
-typedef struct stv_vision_saved { /* one layer, for backward; R rows, E width, F intermediate size */
-    real *in, *normed1, *stats1;    /* (R,E) (R,E) (R,2) */
-    real *q, *k, *v, *attn, *lse;   /* (R,E) ...; lse (R,H) */
-    real *mid, *normed2, *stats2;   /* (R,E): after attention */
-    real *hidden, *act;             /* (R,F) */
+typedef struct stv_vision_saved {                  /* one layer, for backward; R rows, E width, F intermediate size */
+    real *in, *normed1, *stats1;                   /* (R,E) (R,E) (R,2) */
+    real *q, *k, *v, *attn, *lse;                  /* (R,E) ...; lse (R,H) */
+    real *mid, *normed2, *stats2;                  /* (R,E): after attention */
+    real *hidden, *act;                            /* (R,F) */
     real *u_q, *u_k, *u_v, *u_out, *u_fc1, *u_fc2; /* of the adapters */
 } stv_vision_saved;
 
 typedef struct stv_vision_pass {
     /* set before forward; borrowed until backward is done */
-    const stv_weights *weights;     /* its `grads` decides whether there is a backward (spec D1) */
+    const stv_weights *weights; /* its `grads` decides whether there is a backward (spec D1) */
     const stv_image_rows *rows;
-    const real *pixels;             /* (n,3,size,size) */
-    const stv_dropout *dropout;     /* NULL: off */
-    int64_t n_recompute;            /* the first so many layers keep only their input */
-    bool all_layers;                /* also the layers behind select_layer, and the pooled class token */
+    const real *pixels;         /* (n,3,size,size) */
+    const stv_dropout *dropout; /* NULL: off */
+    int64_t n_recompute;        /* the first so many layers keep only their input */
+    bool all_layers;            /* also the layers behind select_layer, and the pooled class token */
     /* left by forward */
-    int64_t lowest;                 /* what backward enters last: -1 embeddings, else a layer; the number of layers used: nothing */
+    int64_t lowest;                   /* what backward enters last: -1 embeddings, else a layer; the number of layers used: nothing */
     real *patches, *embedded, *stats; /* (n*P,3*p*p), (R,E), (R,2) of pre_layrnorm */
-    real *pooled;                   /* (n,E), after all_layers */
-    stv_vision_saved *layers;       /* (n_layers), the owner's */
-    real **hidden;                  /* (n_layers+1) hidden states after all_layers, the owner's */
+    real *pooled;                     /* (n,E), after all_layers */
+    stv_vision_saved *layers;         /* (n_layers), the owner's */
+    real **hidden;                    /* (n_layers+1) hidden states after all_layers, the owner's */
 } stv_vision_pass;
 
 /* Returns features (n*T,E) in the arena. */

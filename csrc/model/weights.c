@@ -7,7 +7,8 @@
 
 stv_weights stv_weights_init(const stv_model *model, const stv_forward_options *options)
 {
-    return (stv_weights){.model = model, .theta = options->theta ? options->theta : model->theta, .adapters = options->adapters, .grads = options->train};
+    return (stv_weights){
+        .model = model, .theta = options->theta ? options->theta : model->theta, .adapters = options->adapters, .grads = options->train};
 }
 
 const real *stv_weight(const stv_weights *weights, int tensor)
@@ -25,8 +26,10 @@ real *stv_weight_grad(const stv_weights *weights, int tensor)
 stv_linear stv_weights_affine(const stv_weights *weights, stv_affine affine)
 {
     const stv_param *weight = &weights->model->params[affine.weight];
-    stv_linear lin = {.weight = stv_weight(weights, affine.weight), .dweight = stv_weight_grad(weights, affine.weight),
-                      .n_out = weight->shape[0], .n_in = weight->size / weight->shape[0]};
+    stv_linear lin = {.weight = stv_weight(weights, affine.weight),
+                      .dweight = stv_weight_grad(weights, affine.weight),
+                      .n_out = weight->shape[0],
+                      .n_in = weight->size / weight->shape[0]};
     if (affine.bias >= 0) {
         lin.bias = stv_weight(weights, affine.bias);
         lin.dbias = stv_weight_grad(weights, affine.bias);
@@ -44,8 +47,13 @@ stv_linear stv_weights_linear(const stv_weights *weights, int number)
         return lin;
     }
     lin.lora = (stv_lora){
-        .a = stv_weight(weights, module->lora_a), .b = stv_weight(weights, module->lora_b), .da = stv_weight_grad(weights, module->lora_a),
-        .db = stv_weight_grad(weights, module->lora_b), .rank = module->rank, .scale = (real)module->scale, .dropout = (float)module->dropout,
+        .a = stv_weight(weights, module->lora_a),
+        .b = stv_weight(weights, module->lora_b),
+        .da = stv_weight_grad(weights, module->lora_a),
+        .db = stv_weight_grad(weights, module->lora_b),
+        .rank = module->rank,
+        .scale = (real)module->scale,
+        .dropout = (float)module->dropout,
         .module_id = (uint32_t)number,
     };
     return lin;
@@ -53,8 +61,11 @@ stv_linear stv_weights_linear(const stv_weights *weights, int number)
 
 stv_norm stv_weights_norm(const stv_weights *weights, stv_affine affine, double eps)
 {
-    return (stv_norm){.weight = stv_weight(weights, affine.weight), .bias = stv_weight(weights, affine.bias),
-                      .dweight = stv_weight_grad(weights, affine.weight), .dbias = stv_weight_grad(weights, affine.bias), .eps = eps};
+    return (stv_norm){.weight = stv_weight(weights, affine.weight),
+                      .bias = stv_weight(weights, affine.bias),
+                      .dweight = stv_weight_grad(weights, affine.weight),
+                      .dbias = stv_weight_grad(weights, affine.bias),
+                      .eps = eps};
 }
 
 /* ---- merging ------------------------------------------------------------------------------------------------------------- */

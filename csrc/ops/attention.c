@@ -23,8 +23,8 @@
 #include <string.h>
 
 enum {
-    BLOCK = 16,       /* queries */
-    GATHER_ROWS = 64, /* key rows rearranged by one task */
+    BLOCK = 16,        /* queries */
+    GATHER_ROWS = 64,  /* key rows rearranged by one task */
     MIN_WORK = 1 << 17 /* multiply-adds below which waking threads costs more than it brings */
 };
 
@@ -156,13 +156,13 @@ typedef struct forward_args {
     stv_attn_shape shape;
     const stv_attn_kernel *kernel;
     real scale;
-    int64_t width;                   /* head_dim padded */
-    range rows;                      /* of the keys that were rearranged */
+    int64_t width; /* head_dim padded */
+    range rows;    /* of the keys that were rearranged */
     int64_t k_stride, s_stride;
-    real *k_transposed;              /* (n_kv_heads, head_dim, k_stride) */
-    real *v_padded;                  /* (n_kv_heads, rows, width) */
-    int64_t *block_begin;            /* (n_segments+1) first block of each segment */
-    real *scratch;                   /* (workers, scratch_size) */
+    real *k_transposed;   /* (n_kv_heads, head_dim, k_stride) */
+    real *v_padded;       /* (n_kv_heads, rows, width) */
+    int64_t *block_begin; /* (n_segments+1) first block of each segment */
+    real *scratch;        /* (workers, scratch_size) */
     int64_t scratch_size;
 } forward_args;
 
@@ -206,8 +206,9 @@ static void forward_task(void *arg, int64_t i_task, int i_worker)
     const real *k_transposed = a->k_transposed + kv_head * hd * a->k_stride;
     for (walk w = walk_keys(a->plan, segment, block); next_piece(&w);)
         if (in_place) a->kernel->scores(s + w.key, q, a->k + w.row * kv_row + kv_head * hd, kv_row, w.count, hd);
-        else a->kernel->product(s + w.key, a->s_stride, (stv_attn_left){q, width, 1}, k_transposed + w.row - a->rows.begin, a->k_stride,
-                                (stv_attn_extent){n, w.count, hd}, false);
+        else
+            a->kernel->product(s + w.key, a->s_stride, (stv_attn_left){q, width, 1}, k_transposed + w.row - a->rows.begin, a->k_stride,
+                               (stv_attn_extent){n, w.count, hd}, false);
 
     double sum[BLOCK];
     for (int64_t i = 0; i < n; i++) {
@@ -223,8 +224,9 @@ static void forward_task(void *arg, int64_t i_task, int i_worker)
     const real *v_padded = a->v_padded + kv_head * (a->rows.end - a->rows.begin) * width;
     for (walk w = walk_keys(a->plan, segment, block); next_piece(&w);)
         if (in_place) a->kernel->values(out, s + w.key, a->v + w.row * kv_row + kv_head * hd, kv_row, w.count, hd);
-        else a->kernel->product(out, width, (stv_attn_left){s + w.key, a->s_stride, 1}, v_padded + (w.row - a->rows.begin) * width, width,
-                                (stv_attn_extent){n, hd, w.count}, true);
+        else
+            a->kernel->product(out, width, (stv_attn_left){s + w.key, a->s_stride, 1}, v_padded + (w.row - a->rows.begin) * width, width,
+                               (stv_attn_extent){n, hd, w.count}, true);
 
     for (int64_t i = 0; i < n; i++) {
         real *to = a->out + q_offset + i * n_heads * hd, inverse = (real)(1 / sum[i]);
@@ -244,8 +246,17 @@ void stv_attention_forward(stv_exec *x, real *out, real *lse, const real *q, con
         n_blocks += count_blocks(&plan->segments[s]);
         work += plan->segments[s].q_count * n_keys * shape.n_heads * hd * 2;
     }
-    forward_args a = {.out = out, .lse = lse, .q = q, .k = k, .v = v, .plan = plan, .shape = shape, .kernel = choose_kernel(),
-                      .scale = (real)(1 / sqrt((double)hd)), .width = round_up(hd), .rows = key_rows(plan, 0, plan->n_segments, 2)};
+    forward_args a = {.out = out,
+                      .lse = lse,
+                      .q = q,
+                      .k = k,
+                      .v = v,
+                      .plan = plan,
+                      .shape = shape,
+                      .kernel = choose_kernel(),
+                      .scale = (real)(1 / sqrt((double)hd)),
+                      .width = round_up(hd),
+                      .rows = key_rows(plan, 0, plan->n_segments, 2)};
     int64_t n_rows = a.rows.end - a.rows.begin;
     a.k_stride = long_stride(n_rows);
     a.s_stride = long_stride(max_keys);
@@ -316,8 +327,7 @@ static backward_scratch lay_out_scratch(const backward_args *a, uintptr_t *curso
 }
 
 /* With p = exp(s - lse):  dv += p^T dout,  ds = p (dout v^T - delta), delta = dout . out,  dq = scale ds k,  dk += ds^T (scale q). */
-static void backward_block(const backward_args *a, const backward_scratch *b, range rows, const stv_attn_segment *segment, int64_t i0,
-                           int64_t head)
+static void backward_block(const backward_args *a, const backward_scratch *b, range rows, const stv_attn_segment *segment, int64_t i0, int64_t head)
 {
     const stv_attn_saved *saved = a->saved;
     int64_t n_heads = a->shape.n_heads, hd = a->shape.head_dim, width = a->width;
@@ -348,8 +358,8 @@ static void backward_block(const backward_args *a, const backward_scratch *b, ra
         int64_t key_offset = (w.row - rows.begin) * width;
         stv_attn_left p_transposed = {b->s + w.key, 1, a->s_stride}, ds_transposed = {b->ds + w.key, 1, a->s_stride};
         stv_attn_extent extent = {w.count, hd, n};
-        a->kernel->product(b->dq, width, (stv_attn_left){b->ds + w.key, a->s_stride, 1}, b->k + key_offset, width,
-                           (stv_attn_extent){n, hd, w.count}, true);
+        a->kernel->product(b->dq, width, (stv_attn_left){b->ds + w.key, a->s_stride, 1}, b->k + key_offset, width, (stv_attn_extent){n, hd, w.count},
+                           true);
         a->kernel->product(b->dk + key_offset, width, ds_transposed, b->q, width, extent, true);
         a->kernel->product(b->dv + key_offset, width, p_transposed, b->dout, width, extent, true);
     }
@@ -385,13 +395,21 @@ static void backward_task(void *arg, int64_t i_task, int i_worker)
     }
 }
 
-void stv_attention_backward(stv_exec *x, real *dq, real *dk, real *dv, const real *dout, const stv_attn_saved *saved,
-                            const stv_attn_plan *plan, stv_attn_shape shape, int64_t n_key_rows)
+void stv_attention_backward(stv_exec *x, real *dq, real *dk, real *dv, const real *dout, const stv_attn_saved *saved, const stv_attn_plan *plan,
+                            stv_attn_shape shape, int64_t n_key_rows)
 {
     size_t mark = stv_arena_mark(x->arena);
     int64_t hd = shape.head_dim, max_keys = 0;
-    backward_args a = {.dq = dq, .dk = dk, .dv = dv, .dout = dout, .saved = saved, .plan = plan, .shape = shape, .kernel = choose_kernel(),
-                       .scale = (real)(1 / sqrt((double)hd)), .width = round_up(hd)};
+    backward_args a = {.dq = dq,
+                       .dk = dk,
+                       .dv = dv,
+                       .dout = dout,
+                       .saved = saved,
+                       .plan = plan,
+                       .shape = shape,
+                       .kernel = choose_kernel(),
+                       .scale = (real)(1 / sqrt((double)hd)),
+                       .width = round_up(hd)};
     for (int64_t s = 0; s < plan->n_segments; s++) max_keys = max64(max_keys, count_keys(plan, &plan->segments[s]));
     for (int64_t g = 0; g < plan->n_groups; g++) {
         range rows = key_rows(plan, plan->group_begin[g], plan->group_begin[g + 1], 1);

@@ -27,7 +27,7 @@ typedef struct stv_attn_saved {
 } stv_attn_saved;
 
 /* dq overwritten on the plan's query rows; dk, dv (all `n_key_rows` rows) overwritten: sums over every segment that saw the key. */
-void stv_attention_backward(stv_exec *x, real *dq, real *dk, real *dv, const real *dout, const stv_attn_saved *saved,
-                            const stv_attn_plan *plan, stv_attn_shape shape, int64_t n_key_rows);
+void stv_attention_backward(stv_exec *x, real *dq, real *dk, real *dv, const real *dout, const stv_attn_saved *saved, const stv_attn_plan *plan,
+                            stv_attn_shape shape, int64_t n_key_rows);
 
 #endif

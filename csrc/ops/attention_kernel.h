@@ -57,8 +57,8 @@ extern const stv_attn_kernel stv_attn_avx2, stv_attn_avx512;
 #define VEC_LANES ((int64_t)(sizeof(VEC) / sizeof(real)))
 
 /* `rows` and `n_vecs` are constants where this is inlined: every accumulator is a register. */
-static inline __attribute__((always_inline)) void tile(real *c, int64_t c_row, stv_attn_left a, const real *b, int64_t b_row, int64_t depth,
-                                                       bool add, const int rows, const int n_vecs)
+static inline __attribute__((always_inline)) void tile(real *c, int64_t c_row, stv_attn_left a, const real *b, int64_t b_row, int64_t depth, bool add,
+                                                       const int rows, const int n_vecs)
 {
     VEC acc[TILE_ROWS][2], b0, b1;
 #pragma GCC unroll 8
@@ -89,11 +89,11 @@ static void product(real *c, int64_t c_row, stv_attn_left a, const real *b, int6
             real *ci = c + i * c_row + j;
             int64_t rows = n.rows - i < TILE_ROWS ? n.rows - i : TILE_ROWS;
             switch (rows) {
-#define ROWS(r)                                                                                                    \
-    case r:                                                                                                        \
-        if (r > TILE_ROWS) break;                                                                                  \
-        if (wide) tile(ci, c_row, ai, b + j, b_row, n.depth, add, r < TILE_ROWS ? r : TILE_ROWS, 2);               \
-        else tile(ci, c_row, ai, b + j, b_row, n.depth, add, r < TILE_ROWS ? r : TILE_ROWS, 1);                    \
+#define ROWS(r) \
+    case r: \
+        if (r > TILE_ROWS) break; \
+        if (wide) tile(ci, c_row, ai, b + j, b_row, n.depth, add, r < TILE_ROWS ? r : TILE_ROWS, 2); \
+        else tile(ci, c_row, ai, b + j, b_row, n.depth, add, r < TILE_ROWS ? r : TILE_ROWS, 1); \
         break;
                 ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
 #undef ROWS

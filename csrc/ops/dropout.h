@@ -19,7 +19,6 @@ typedef struct stv_dropout {
 } stv_dropout;
 
 /* y (rows,n) = in * keep / (1-p), 0 <= p < 1; y may be in. The same call applied to a gradient is its own backward. */
-void stv_dropout_apply(stv_exec *x, real *y, const real *in, int64_t rows, int64_t n, float p, uint32_t module_id,
-                       const stv_dropout *drop);
+void stv_dropout_apply(stv_exec *x, real *y, const real *in, int64_t rows, int64_t n, float p, uint32_t module_id, const stv_dropout *drop);
 
 #endif

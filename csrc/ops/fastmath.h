@@ -47,7 +47,7 @@ static inline real exp_real(real x)
     /* Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. */
     const float round = 0x1.8p+23f, log2_e = 0x1.715476p+0f;
     const float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f; /* n * ln2_high is exact */
-    x = select_real(x < -105.0f, -105.0f, x); /* below: 0; above: infinity */
+    x = select_real(x < -105.0f, -105.0f, x);                       /* below: 0; above: infinity */
     x = select_real(x > 90.0f, 90.0f, x);
     float shifted = x * log2_e + round, n = shifted - round;
     float r = (x - n * ln2_high) - n * ln2_low;

@@ -125,7 +125,8 @@ static void compute_block(void *arg, int64_t i_task, int i_worker)
     for (int64_t k = 0; k < p->K; k += STV_GEMM_K_BLOCK) {
         int64_t depth = min64(STV_GEMM_K_BLOCK, p->K - k), panel_bytes = depth * width * size;
         bool add = p->add || k > 0;
-        for (int64_t j = n_begin; j < n_end; j += width) pack_b(p, panels + (j - n_begin) / width * panel_bytes, j, min64(width, n_end - j), k, depth);
+        for (int64_t j = n_begin; j < n_end; j += width)
+            pack_b(p, panels + (j - n_begin) / width * panel_bytes, j, min64(width, n_end - j), k, depth);
         /* Strips of equal height, because a tile of few rows does not keep the FMA units busy. */
         for (int64_t i_strip = 0; i_strip < n_strips; i_strip++) {
             int64_t i = m_begin + (m_end - m_begin) * i_strip / n_strips;

@@ -23,8 +23,8 @@
 #define STV_GEMM_A_STRIDE (STV_GEMM_K_BLOCK + 16)
 
 typedef struct stv_gemm_kernel {
-    int64_t size_bytes;       /* of an element */
-    int64_t n_rows, n_cols;   /* of a full tile */
+    int64_t size_bytes;     /* of an element */
+    int64_t n_rows, n_cols; /* of a full tile */
     /* y[i*y_stride + j] = (add ? y : 0) + sum_k a[i*STV_GEMM_A_STRIDE + k] * b[k*n_cols + j], i < rows, j < cols, k < depth.
      * b has n_cols columns in any case. */
     void (*tile)(void *y, int64_t y_stride, const void *a, const void *b, int64_t rows, int64_t cols, int64_t depth, bool add);
@@ -87,11 +87,11 @@ static inline __attribute__((always_inline)) void LOCAL(tile_body)(REAL *y, int6
 static void LOCAL(tile)(void *y, int64_t y_stride, const void *a, const void *b, int64_t rows, int64_t cols, int64_t depth, bool add)
 {
     switch (rows) {
-#define ROWS(n)                                                                                                           \
-    case n:                                                                                                               \
-        if (n > TILE_ROWS) return;                                                                                        \
-        if (cols <= VEC_LANES) LOCAL(tile_body)(y, y_stride, a, b, cols, depth, add, n > TILE_ROWS ? TILE_ROWS : n, 1);   \
-        else LOCAL(tile_body)(y, y_stride, a, b, cols, depth, add, n > TILE_ROWS ? TILE_ROWS : n, 2);                     \
+#define ROWS(n) \
+    case n: \
+        if (n > TILE_ROWS) return; \
+        if (cols <= VEC_LANES) LOCAL(tile_body)(y, y_stride, a, b, cols, depth, add, n > TILE_ROWS ? TILE_ROWS : n, 1); \
+        else LOCAL(tile_body)(y, y_stride, a, b, cols, depth, add, n > TILE_ROWS ? TILE_ROWS : n, 2); \
         return;
         ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
 #undef ROWS

@@ -76,8 +76,8 @@ static void backward_columns(const void *arg, int64_t begin, int64_t end)
     for (int64_t i = 0; i < n && a->norm->dbias; i++) a->norm->dbias[begin + i] += (real)dbias[i];
 }
 
-void stv_layernorm_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *stats, const stv_norm *norm,
-                                int64_t rows, int64_t D)
+void stv_layernorm_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *stats, const stv_norm *norm, int64_t rows,
+                                int64_t D)
 {
     if (stv_measuring(x)) return;
     backward_args args = {din, dy, in, stats, norm, rows, D};

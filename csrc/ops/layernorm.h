@@ -18,7 +18,7 @@ typedef struct stv_norm {
 /* y (rows,D); stats (rows,2) = mean, rstd saved for backward. */
 void stv_layernorm_forward(stv_exec *x, real *y, real *stats, const real *in, const stv_norm *norm, int64_t rows, int64_t D);
 /* din (rows,D) is added to (residual stream). */
-void stv_layernorm_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *stats, const stv_norm *norm,
-                                int64_t rows, int64_t D);
+void stv_layernorm_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *stats, const stv_norm *norm, int64_t rows,
+                                int64_t D);
 
 #endif

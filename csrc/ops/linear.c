@@ -16,10 +16,10 @@
 /* ---- bias ---------------------------------------------------------------------------------------------------------------- */
 
 typedef struct bias_job {
-    real *y;           /* forward: (rows,n) */
-    const real *bias;  /* (n) */
-    real *dbias;       /* backward: (n) */
-    const real *dy;    /* (rows,n) */
+    real *y;          /* forward: (rows,n) */
+    const real *bias; /* (n) */
+    real *dbias;      /* backward: (n) */
+    const real *dy;   /* (rows,n) */
     int64_t rows, n;
 } bias_job;
 

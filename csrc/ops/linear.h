@@ -13,20 +13,20 @@
 #define stv_linear_merge STV_TYPED(stv_linear_merge)
 
 typedef struct stv_lora {
-    const real *a;      /* (r,K) */
-    const real *b;      /* (N,r) */
-    real *da, *db;      /* gradients, added to; NULL when frozen */
-    int64_t rank;       /* 0: no adapter, every other field unused */
+    const real *a; /* (r,K) */
+    const real *b; /* (N,r) */
+    real *da, *db; /* gradients, added to; NULL when frozen */
+    int64_t rank;  /* 0: no adapter, every other field unused */
     real scale;
     float dropout;
     uint32_t module_id; /* names the dropout stream */
 } stv_lora;
 
 typedef struct stv_linear {
-    const real *weight; /* (N,K) */
-    const real *bias;   /* (N), or NULL */
-    real *dweight;      /* (N,K), added to; NULL when frozen */
-    real *dbias;        /* (N), added to; NULL when frozen */
+    const real *weight;  /* (N,K) */
+    const real *bias;    /* (N), or NULL */
+    real *dweight;       /* (N,K), added to; NULL when frozen */
+    real *dbias;         /* (N), added to; NULL when frozen */
     int64_t n_in, n_out; /* K, N */
     stv_lora lora;
 } stv_linear;
@@ -38,8 +38,8 @@ void stv_linear_forward(stv_exec *x, real *y, real *u, const real *in, const stv
  * Weight, bias, A and B gradients add. `in`, `u` and `drop` as in forward. */
 void stv_linear_backward(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
                          const stv_dropout *drop);
-void stv_linear_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin,
-                             int64_t rows, const stv_dropout *drop);
+void stv_linear_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
+                             const stv_dropout *drop);
 
 /* merged (N,K) = weight + s B A. */
 void stv_linear_merge(stv_exec *x, real *merged, const stv_linear *lin);

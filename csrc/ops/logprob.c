@@ -21,7 +21,7 @@ typedef struct strip_args {
     real *logits; /* (n_rows, width); backward turns them into gradients */
     int64_t v0, width;
     const stv_targets *targets;
-    double *logp, *max, *sum; /* forward */
+    double *logp, *max, *sum;  /* forward */
     const double *dlogp, *lse; /* backward */
 } strip_args;
 
@@ -53,8 +53,7 @@ static void finish_rows(const void *arg, int64_t begin, int64_t end)
     }
 }
 
-void stv_logprob_forward(stv_exec *x, double *logp, double *lse, const real *h, const real *w, int64_t D, int64_t V,
-                         const stv_targets *targets)
+void stv_logprob_forward(stv_exec *x, double *logp, double *lse, const real *h, const real *w, int64_t D, int64_t V, const stv_targets *targets)
 {
     size_t mark = stv_arena_mark(x->arena);
     int64_t n_rows = targets->n_rows;
@@ -90,8 +89,8 @@ STV_CLONES static void backward_rows(const void *arg, int64_t begin, int64_t end
     }
 }
 
-void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dlogp, const double *lse, const real *h, const real *w,
-                          int64_t D, int64_t V, const stv_targets *targets)
+void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dlogp, const double *lse, const real *h, const real *w, int64_t D,
+                          int64_t V, const stv_targets *targets)
 {
     size_t mark = stv_arena_mark(x->arena);
     int64_t n_rows = targets->n_rows;

@@ -49,8 +49,8 @@ static void forward_rows(const void *arg, int64_t begin, int64_t end)
     }
 }
 
-void stv_class_token_forward(stv_exec *x, real *out, const real *patches, const real *class_embedding, const real *positions,
-                             int64_t n_images, int64_t T, int64_t D)
+void stv_class_token_forward(stv_exec *x, real *out, const real *patches, const real *class_embedding, const real *positions, int64_t n_images,
+                             int64_t T, int64_t D)
 {
     if (stv_measuring(x)) return;
     forward_args args = {out, patches, class_embedding, positions, T, D};

@@ -10,8 +10,8 @@ typedef struct stv_span {
 } stv_span;
 
 typedef struct stv_attn_segment {
-    int64_t q_row, q_count;   /* query (and output) rows */
-    int64_t i_span, n_spans;  /* its spans in stv_attn_plan.spans; causal: the last q_count keys are the segment's own */
+    int64_t q_row, q_count;  /* query (and output) rows */
+    int64_t i_span, n_spans; /* its spans in stv_attn_plan.spans; causal: the last q_count keys are the segment's own */
 } stv_attn_segment;
 
 typedef struct stv_attn_plan {
@@ -20,7 +20,7 @@ typedef struct stv_attn_plan {
     const int64_t *group_begin;       /* (n_groups+1) segment ranges; segments of different groups share no key rows */
     int64_t n_segments, n_groups;
     bool causal;
-    int64_t window;                   /* keys with position <= query position - window are not seen; 0: no window */
+    int64_t window; /* keys with position <= query position - window are not seen; 0: no window */
 } stv_attn_plan;
 
 typedef struct stv_attn_shape {

@@ -128,8 +128,8 @@ static void splice_rows(const void *arg, int64_t begin, int64_t end)
     }
 }
 
-void stv_splice_forward(stv_exec *x, real *y, const real *table, const real *features, const int32_t *token, const int64_t *feature,
-                        int64_t rows, int64_t D)
+void stv_splice_forward(stv_exec *x, real *y, const real *table, const real *features, const int32_t *token, const int64_t *feature, int64_t rows,
+                        int64_t D)
 {
     if (stv_measuring(x)) return;
     rows_args args = {.y = y, .a = table, .b = features, .index = feature, .token = token, .D = D};
@@ -150,8 +150,8 @@ static void unsplice_columns(const void *arg, int64_t begin, int64_t end)
     }
 }
 
-void stv_splice_backward(stv_exec *x, real *dtable, real *dfeatures, const real *dy, const int32_t *token, const int64_t *feature,
-                         int64_t rows, int64_t D)
+void stv_splice_backward(stv_exec *x, real *dtable, real *dfeatures, const real *dy, const int32_t *token, const int64_t *feature, int64_t rows,
+                         int64_t D)
 {
     if (stv_measuring(x)) return;
     rows_args args = {.y = dtable, .features = dfeatures, .a = dy, .index = feature, .token = token, .n = rows, .D = D};

@@ -28,10 +28,10 @@ void stv_scatter_add_rows(stv_exec *x, real *y, const real *in, const int64_t *i
 bool stv_all_finite(stv_exec *x, const real *in, int64_t n);
 
 /* The splice: row i of y (rows,D) is table[token[i]], or features[feature[i]] where feature[i] >= 0. */
-void stv_splice_forward(stv_exec *x, real *y, const real *table, const real *features, const int32_t *token, const int64_t *feature,
-                        int64_t rows, int64_t D);
+void stv_splice_forward(stv_exec *x, real *y, const real *table, const real *features, const int32_t *token, const int64_t *feature, int64_t rows,
+                        int64_t D);
 /* dtable and dfeatures are added to, in row order; either may be NULL. */
-void stv_splice_backward(stv_exec *x, real *dtable, real *dfeatures, const real *dy, const int32_t *token, const int64_t *feature,
-                         int64_t rows, int64_t D);
+void stv_splice_backward(stv_exec *x, real *dtable, real *dfeatures, const real *dy, const int32_t *token, const int64_t *feature, int64_t rows,
+                         int64_t D);
 
 #endif

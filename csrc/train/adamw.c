@@ -28,15 +28,23 @@ static void update_block(void *arg, int64_t i_block, int i_worker)
     }
 }
 
-void stv_adamw_update(stv_pool *pool, real *theta, real *m, real *v, const real *grad, const stv_adamw_range *range,
-                      const stv_adamw_config *c)
+void stv_adamw_update(stv_pool *pool, real *theta, real *m, real *v, const real *grad, const stv_adamw_range *range, const stv_adamw_config *c)
 {
     double t = (double)c->step;
     update u = {
-        .theta = theta, .m = m, .v = v, .grad = grad, .begin = range->begin, .end = range->end,
-        .keep = (real)(1 - range->lr * range->weight_decay), .beta1 = (real)c->beta1, .beta2 = (real)c->beta2,
-        .scale = (real)c->grad_scale, .rate = (real)(range->lr / (1 - pow(c->beta1, t))),
-        .root = (real)(1 / sqrt(1 - pow(c->beta2, t))), .eps = (real)c->eps,
+        .theta = theta,
+        .m = m,
+        .v = v,
+        .grad = grad,
+        .begin = range->begin,
+        .end = range->end,
+        .keep = (real)(1 - range->lr * range->weight_decay),
+        .beta1 = (real)c->beta1,
+        .beta2 = (real)c->beta2,
+        .scale = (real)c->grad_scale,
+        .rate = (real)(range->lr / (1 - pow(c->beta1, t))),
+        .root = (real)(1 / sqrt(1 - pow(c->beta2, t))),
+        .eps = (real)c->eps,
     };
     int64_t n = range->end - range->begin;
     stv_pool_run(pool, (n + BLOCK - 1) / BLOCK, update_block, &u);

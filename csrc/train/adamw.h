@@ -11,8 +11,7 @@
 
 /* theta, m and v in place on [range->begin, range->end). torch's order: decay, moments, then
  * theta -= lr/(1-beta1^t) * m / (sqrt(v)/sqrt(1-beta2^t) + eps). */
-void stv_adamw_update(stv_pool *pool, real *theta, real *m, real *v, const real *grad, const stv_adamw_range *range,
-                      const stv_adamw_config *config);
+void stv_adamw_update(stv_pool *pool, real *theta, real *m, real *v, const real *grad, const stv_adamw_range *range, const stv_adamw_config *config);
 /* Sum of squares of grad[begin..end), in double, blocks of fixed size added in order: same bits at any thread count. */
 double stv_sum_of_squares(const real *grad, int64_t begin, int64_t end);
 

@@ -35,9 +35,7 @@ static double of_margin(stv_loss_type type, double z, const stv_preference_confi
 {
     double e = c->label_smoothing;
     switch (type) {
-    case STV_LOSS_HINGE:
-        *dz = z < 1 ? -1 : 0;
-        return z < 1 ? 1 - z : 0;
+    case STV_LOSS_HINGE: *dz = z < 1 ? -1 : 0; return z < 1 ? 1 - z : 0;
     case STV_LOSS_ROBUST:
         *dz = (-(1 - e) * sigmoid(-z) - e * sigmoid(z)) / (1 - 2 * e);
         return ((1 - e) * softplus(-z) - e * softplus(z)) / (1 - 2 * e);
@@ -84,8 +82,7 @@ static term of_pair(stv_loss_type type, double sc, double sr, double nc, double 
         double a = beta * sc, b = beta * sr;
         return (term){softplus(-a) + softplus(b), -beta * sigmoid(-a), beta * sigmoid(b)};
     }
-    case STV_LOSS_SPPO_HARD:
-        return (term){(sc - half) * (sc - half) + (sr + half) * (sr + half), 2 * (sc - half), 2 * (sr + half)};
+    case STV_LOSS_SPPO_HARD: return (term){(sc - half) * (sc - half) + (sr + half) * (sr + half), 2 * (sc - half), 2 * (sr + half)};
     case STV_LOSS_APO_ZERO: {
         double p = sigmoid(beta * sc), q = sigmoid(beta * sr);
         return (term){sigmoid(-beta * sc) + q, -beta * p * sigmoid(-beta * sc), beta * q * sigmoid(-beta * sr)};
@@ -107,18 +104,10 @@ static term of_pair(stv_loss_type type, double sc, double sr, double nc, double 
 static double score(double r, const stv_preference_config *c, double *slope)
 {
     switch (c->f_divergence) {
-    case STV_FORWARD_KL:
-        *slope = exp(-r);
-        return -exp(-r);
-    case STV_JS_DIVERGENCE:
-        *slope = sigmoid(-r);
-        return -softplus(-r);
-    case STV_ALPHA_DIVERGENCE:
-        *slope = exp((c->alpha - 1) * r);
-        return *slope / (c->alpha - 1);
-    default:
-        *slope = 1;
-        return r;
+    case STV_FORWARD_KL: *slope = exp(-r); return -exp(-r);
+    case STV_JS_DIVERGENCE: *slope = sigmoid(-r); return -softplus(-r);
+    case STV_ALPHA_DIVERGENCE: *slope = exp((c->alpha - 1) * r); return *slope / (c->alpha - 1);
+    default: *slope = 1; return r;
     }
 }
 

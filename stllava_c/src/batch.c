@@ -3,20 +3,21 @@
 
 #include <string.h>
 
-PyDoc_STRVAR(batch_doc,
-             "Batch(model, *, parent, begin, ids, labels=None, sample=None, image=(), n_images=0)\n--\n\n"
-             "Trees of token segments for one model. A segment sees its ancestors and itself; a sequence is a path from a root to a leaf. Every\n"
-             "label on a path is a target of that sequence, predicted by the row before it. Integer arrays of any width, or lists; all are copied.\n\n"
-             "Args:\n"
-             "    parent: (S,) an earlier segment of the same tree, -1 for a root.\n"
-             "    begin: (S+1,) segment s is ids[begin[s]:begin[s+1]]; from 0 to len(ids).\n"
-             "    ids: token ids, or -200 for an image.\n"
-             "    labels: like ids: token id, or -100 for a token that is no target; None: no targets.\n"
-             "    sample: (S,) dropout key of each segment's rows, in [0, 2**64); None: the segment's number.\n"
-             "    image: which image of the batch each -200 stands for, in order.\n"
-             "    n_images: int, images of the batch.\n\n"
-             "Raises:\n"
-             "    ValueError, TypeError: what does not fit; segment and token are named.");
+PyDoc_STRVAR(
+    batch_doc,
+    "Batch(model, *, parent, begin, ids, labels=None, sample=None, image=(), n_images=0)\n--\n\n"
+    "Trees of token segments for one model. A segment sees its ancestors and itself; a sequence is a path from a root to a leaf. Every\n"
+    "label on a path is a target of that sequence, predicted by the row before it. Integer arrays of any width, or lists; all are copied.\n\n"
+    "Args:\n"
+    "    parent: (S,) an earlier segment of the same tree, -1 for a root.\n"
+    "    begin: (S+1,) segment s is ids[begin[s]:begin[s+1]]; from 0 to len(ids).\n"
+    "    ids: token ids, or -200 for an image.\n"
+    "    labels: like ids: token id, or -100 for a token that is no target; None: no targets.\n"
+    "    sample: (S,) dropout key of each segment's rows, in [0, 2**64); None: the segment's number.\n"
+    "    image: which image of the batch each -200 stands for, in order.\n"
+    "    n_images: int, images of the batch.\n\n"
+    "Raises:\n"
+    "    ValueError, TypeError: what does not fit; segment and token are named.");
 
 /* The arrays of one call; they live until the core has copied them. */
 enum { PARENT, BEGIN, IDS, LABELS, SAMPLE, IMAGE, N_ARRAYS };
@@ -48,8 +49,8 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     core_state *state = PyType_GetModuleState(type);
     PyObject *model_value, *values[N_ARRAYS] = {0};
     long long n_images = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOOL:Batch", names, state->model, &model_value, &values[PARENT], &values[BEGIN], &values[IDS],
-                                     &values[LABELS], &values[SAMPLE], &values[IMAGE], &n_images))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOOL:Batch", names, state->model, &model_value, &values[PARENT], &values[BEGIN],
+                                     &values[IDS], &values[LABELS], &values[SAMPLE], &values[IMAGE], &n_images))
         return NULL;
     for (int i = PARENT; i <= IDS; i++)
         if (check_given(values[i], "Batch", names[i + 1]) < 0) return NULL;
@@ -124,13 +125,19 @@ static PyObject *get_column(PyObject *object, void *closure)
     stv_batch_view view = stv_batch_get(((batch_object *)object)->batch);
     const void *data;
     memcpy(&data, (const char *)&view + c->offset, sizeof data);
-    Py_ssize_t n = (Py_ssize_t)*(const int64_t *)((const char *)&view + c->n_offset) + c->extra;
+    Py_ssize_t n = (Py_ssize_t) * (const int64_t *)((const char *)&view + c->n_offset) + c->extra;
     return array_view(Py_NewRef(object), c->kind, 1, &n, data, false);
 }
 
 #define F(name) offsetof(stv_batch_view, name)
-#define COUNT(name, doc) {#name, get_count, NULL, "int, " doc, (void *)F(name)}
-#define COLUMN(name, count, extra, kind, doc) {#name, get_column, NULL, "read-only array " doc, &(column){F(name), F(count), extra, kind}}
+#define COUNT(name, doc) \
+    { \
+#name, get_count, NULL, "int, " doc, (void *)F(name) \
+    }
+#define COLUMN(name, count, extra, kind, doc) \
+    { \
+#name, get_column, NULL, "read-only array " doc, &(column) { F(name), F(count), extra, kind } \
+    }
 static PyGetSetDef getset[] = {
     COUNT(n_rows, "packed rows, images included"),
     COUNT(n_segments, "segments"),

@@ -87,16 +87,15 @@ bool buffer_kind(const Py_buffer *view, array_kind *kind); /* false: none of our
 /* ---- model.c --------------------------------------------------------------------------------------------------------------- */
 
 typedef struct model_object {
-    PyObject_HEAD
-    stv_model *model; /* NULL: closed */
+    PyObject_HEAD stv_model *model; /* NULL: closed */
     stv_model_config config;
     stv_dtype dtype;
-    PyObject *bindings;      /* {name: Tensor that borrows what was bound} */
-    Py_ssize_t exports;      /* live buffers on memory of the core's */
-    Py_ssize_t users;        /* live runs and generators */
-    uint64_t generation;     /* counts what moves memory: views of an older one are stale */
+    PyObject *bindings;  /* {name: Tensor that borrows what was bound} */
+    Py_ssize_t exports;  /* live buffers on memory of the core's */
+    Py_ssize_t users;    /* live runs and generators */
+    uint64_t generation; /* counts what moves memory: views of an older one are stale */
     PyThread_type_lock lock;
-    unsigned long owner;     /* thread that has the lock, 0: none; read and written with the GIL */
+    unsigned long owner; /* thread that has the lock, 0: none; read and written with the GIL */
     int depth;
 } model_object;
 
@@ -114,8 +113,7 @@ PyObject *tensor_borrow(core_state *state, PyObject *obj, const char *what, arra
 /* ---- batch.c, forward.c ---------------------------------------------------------------------------------------------------- */
 
 typedef struct batch_object {
-    PyObject_HEAD
-    model_object *model;
+    PyObject_HEAD model_object *model;
     stv_batch *batch;
 } batch_object;
 

@@ -51,8 +51,10 @@ int forward_take(forward_call *call, model_object *model, const char *what, forw
     for (int i = 0; i < 3; i++) {
         if (!given[i] || given[i] == Py_None) continue;
         PyObject *name = PyUnicode_FromFormat("%s: %s", what, names[i]);
-        int result = !name ? -1 : i == 0 ? take_pixels(call, model, name, given[i], n_images)
-                          : i == 1 ? take_features(call, model, name, given[i], n_images) : take_theta(call, model, name, given[i]);
+        int result = !name    ? -1
+                     : i == 0 ? take_pixels(call, model, name, given[i], n_images)
+                     : i == 1 ? take_features(call, model, name, given[i], n_images)
+                              : take_theta(call, model, name, given[i]);
         Py_XDECREF(name);
         if (result == 0) continue;
         forward_drop(call);

@@ -2,29 +2,29 @@
 #include "binding.h"
 
 typedef struct generator_object {
-    PyObject_HEAD
-    model_object *model;
+    PyObject_HEAD model_object *model;
     stv_generator *generator; /* NULL: closed */
     int64_t n;
 } generator_object;
 
-PyDoc_STRVAR(generator_doc,
-             "Generator(model, batch, *, pixels=None, features=None, theta=None, adapters=True, temperature=0.0, top_k=0, top_p=1.0, n_per_sequence=1, "
-             "max_new_tokens, seeds=None, eos_ids=())\n--\n\n"
-             "Continues every sequence of a batch. Shared prefixes are computed once. Continuation i*n_per_sequence+j is the j-th of sequence i.\n\n"
-             "Args:\n"
-             "    model: Model with a decoder.\n"
-             "    batch: Batch of this model; labels are not looked at.\n"
-             "    pixels, features, theta, adapters: as in Run.forward.\n"
-             "    temperature: float >= 0; 0: the likeliest token.\n"
-             "    top_k: int >= 0; 0: off. top_p: float in (0, 1]; 1: off.\n"
-             "    n_per_sequence: int >= 1.\n"
-             "    max_new_tokens: int >= 1.\n"
-             "    seeds: (n,) integers in [0, 2**64), one per continuation, which alone decides its draws; None: 0, 1, 2, ...\n"
-             "    eos_ids: token ids; a continuation ends with, and includes, the first of these.\n\n"
-             "Raises:\n"
-             "    As Run.forward.\n\n"
-             "Source: the order temperature, top-k, top-p of transformers 4.31.");
+PyDoc_STRVAR(
+    generator_doc,
+    "Generator(model, batch, *, pixels=None, features=None, theta=None, adapters=True, temperature=0.0, top_k=0, top_p=1.0, n_per_sequence=1, "
+    "max_new_tokens, seeds=None, eos_ids=())\n--\n\n"
+    "Continues every sequence of a batch. Shared prefixes are computed once. Continuation i*n_per_sequence+j is the j-th of sequence i.\n\n"
+    "Args:\n"
+    "    model: Model with a decoder.\n"
+    "    batch: Batch of this model; labels are not looked at.\n"
+    "    pixels, features, theta, adapters: as in Run.forward.\n"
+    "    temperature: float >= 0; 0: the likeliest token.\n"
+    "    top_k: int >= 0; 0: off. top_p: float in (0, 1]; 1: off.\n"
+    "    n_per_sequence: int >= 1.\n"
+    "    max_new_tokens: int >= 1.\n"
+    "    seeds: (n,) integers in [0, 2**64), one per continuation, which alone decides its draws; None: 0, 1, 2, ...\n"
+    "    eos_ids: token ids; a continuation ends with, and includes, the first of these.\n\n"
+    "Raises:\n"
+    "    As Run.forward.\n\n"
+    "Source: the order temperature, top-k, top-p of transformers 4.31.");
 
 static PyObject *generator_create(PyTypeObject *type, model_object *model, batch_object *batch, forward_call *call, stv_generate_options *options,
                                   Py_ssize_t n_seeds)
@@ -62,17 +62,17 @@ static PyObject *generator_create(PyTypeObject *type, model_object *model, batch
 
 static PyObject *generator_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "batch", "pixels", "features", "theta", "adapters", "temperature", "top_k", "top_p", "n_per_sequence", "max_new_tokens", "seeds",
-                            "eos_ids", NULL};
+    static char *names[] = {"model", "batch", "pixels",         "features",       "theta", "adapters", "temperature",
+                            "top_k", "top_p", "n_per_sequence", "max_new_tokens", "seeds", "eos_ids",  NULL};
     core_state *state = PyType_GetModuleState(type);
     PyObject *model_value, *batch_value, *max_value = NULL, *seeds_value = NULL, *eos_value = NULL, *seeds = NULL, *eos = NULL, *result = NULL;
     forward_values values = {0};
     int adapters = 1;
     long long top_k = 0, n_per_sequence = 1;
     stv_generate_options options = {.sampling.top_p = 1};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!|$OOOpdLdLOOO:Generator", names, state->model, &model_value, state->batch, &batch_value, &values.pixels,
-                                     &values.features, &values.theta, &adapters, &options.sampling.temperature, &top_k, &options.sampling.top_p,
-                                     &n_per_sequence, &max_value, &seeds_value, &eos_value))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!|$OOOpdLdLOOO:Generator", names, state->model, &model_value, state->batch, &batch_value,
+                                     &values.pixels, &values.features, &values.theta, &adapters, &options.sampling.temperature, &top_k,
+                                     &options.sampling.top_p, &n_per_sequence, &max_value, &seeds_value, &eos_value))
         return NULL;
     if (check_given(max_value, "Generator", "max_new_tokens") < 0) return NULL;
     options.max_new_tokens = PyNumber_AsSsize_t(max_value, PyExc_ValueError);
@@ -180,11 +180,10 @@ static PyObject *generator_step(PyObject *object, PyObject *unused)
     return result;
 }
 
-PyDoc_STRVAR(finish_doc,
-             "finish($self, i)\n--\n\n"
-             "Stops continuation i: a stop string was seen.\n\n"
-             "Raises:\n"
-             "    ValueError: i is not in [0, n). Error (\"state\"): closed.");
+PyDoc_STRVAR(finish_doc, "finish($self, i)\n--\n\n"
+                         "Stops continuation i: a stop string was seen.\n\n"
+                         "Raises:\n"
+                         "    ValueError: i is not in [0, n). Error (\"state\"): closed.");
 
 static PyObject *generator_finish(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -199,11 +198,12 @@ static PyObject *generator_finish(PyObject *object, PyObject *args, PyObject *kw
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(logits_doc,
-             "logits($self)\n--\n\n"
-             "The logits the next step draws from: ndarray (n, vocab_size) of the model's dtype, a copy; rows of finished continuations are stale.\n\n"
-             "Raises:\n"
-             "    Error (\"state\"): closed.");
+PyDoc_STRVAR(
+    logits_doc,
+    "logits($self)\n--\n\n"
+    "The logits the next step draws from: ndarray (n, vocab_size) of the model's dtype, a copy; rows of finished continuations are stale.\n\n"
+    "Raises:\n"
+    "    Error (\"state\"): closed.");
 
 static PyObject *generator_logits(PyObject *object, PyObject *unused)
 {

@@ -3,15 +3,14 @@
 
 static core_state *module_state(PyObject *module) { return PyModule_GetState(module); }
 
-PyDoc_STRVAR(image_probe_doc,
-             "image_probe(data)\n--\n\n"
-             "Reads the header of a PNG, BMP or JPEG file and decodes nothing.\n\n"
-             "Args:\n"
-             "    data: bytes of the file.\n\n"
-             "Returns:\n"
-             "    (width, height, channels, bits): pixels, pixels, 1 to 4, and bits per sample as stored.\n\n"
-             "Raises:\n"
-             "    Error: \"format\" = damaged; \"unsupported\" = another kind of file, or too large.");
+PyDoc_STRVAR(image_probe_doc, "image_probe(data)\n--\n\n"
+                              "Reads the header of a PNG, BMP or JPEG file and decodes nothing.\n\n"
+                              "Args:\n"
+                              "    data: bytes of the file.\n\n"
+                              "Returns:\n"
+                              "    (width, height, channels, bits): pixels, pixels, 1 to 4, and bits per sample as stored.\n\n"
+                              "Raises:\n"
+                              "    Error: \"format\" = damaged; \"unsupported\" = another kind of file, or too large.");
 
 static PyObject *image_probe(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -128,10 +127,12 @@ static PyObject *image_resize_crop(PyObject *module, PyObject *args, PyObject *k
     stv_image_options options = {.std = {1, 1, 1}};
     picture p = {0};
     void *data;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OipO:image_resize_crop", names, &rgb_value, &options.size_px, &pad, &background_value)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OipO:image_resize_crop", names, &rgb_value, &options.size_px, &pad, &background_value))
+        return NULL;
     options.pad = pad;
     if (options.size_px < 1) return PyErr_Format(PyExc_ValueError, "image_resize_crop: size is %d, want at least 1", options.size_px);
-    if (take_background(&options, "image_resize_crop: background", background_value) < 0 || take_picture(&p, "image_resize_crop: rgb", rgb_value) < 0) return NULL;
+    if (take_background(&options, "image_resize_crop: background", background_value) < 0 || take_picture(&p, "image_resize_crop: rgb", rgb_value) < 0)
+        return NULL;
     stv_status status = STV_OK;
     if ((result = array_new(KIND_U8, 3, (Py_ssize_t[]){options.size_px, options.size_px, 3}, &data))) {
         Py_BEGIN_ALLOW_THREADS
@@ -144,17 +145,16 @@ static PyObject *image_resize_crop(PyObject *module, PyObject *args, PyObject *k
     return raise_status(module_state(module), status);
 }
 
-PyDoc_STRVAR(image_preprocess_doc,
-             "image_preprocess(rgb, size, pad, background, mean, std)\n--\n\n"
-             "image_resize_crop, then (pixel / 255 - mean) / std.\n\n"
-             "Args:\n"
-             "    rgb, size, pad, background: as in image_resize_crop.\n"
-             "    mean, std: three floats each, of pixels in 0 to 1; std > 0.\n\n"
-             "Returns:\n"
-             "    ndarray (3, size, size) float32.\n\n"
-             "Raises:\n"
-             "    ValueError, TypeError: what does not fit. MemoryError.\n\n"
-             "Source: Transformers 4.31 CLIPImageProcessor (rescale, normalize).");
+PyDoc_STRVAR(image_preprocess_doc, "image_preprocess(rgb, size, pad, background, mean, std)\n--\n\n"
+                                   "image_resize_crop, then (pixel / 255 - mean) / std.\n\n"
+                                   "Args:\n"
+                                   "    rgb, size, pad, background: as in image_resize_crop.\n"
+                                   "    mean, std: three floats each, of pixels in 0 to 1; std > 0.\n\n"
+                                   "Returns:\n"
+                                   "    ndarray (3, size, size) float32.\n\n"
+                                   "Raises:\n"
+                                   "    ValueError, TypeError: what does not fit. MemoryError.\n\n"
+                                   "Source: Transformers 4.31 CLIPImageProcessor (rescale, normalize).");
 
 static PyObject *image_preprocess(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -164,13 +164,14 @@ static PyObject *image_preprocess(PyObject *module, PyObject *args, PyObject *kw
     stv_image_options options = {0};
     picture p = {0};
     void *data;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OipOOO:image_preprocess", names, &rgb_value, &options.size_px, &pad, &background_value, &mean_value,
-                                     &std_value))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OipOOO:image_preprocess", names, &rgb_value, &options.size_px, &pad, &background_value,
+                                     &mean_value, &std_value))
         return NULL;
     options.pad = pad;
     if (options.size_px < 1) return PyErr_Format(PyExc_ValueError, "image_preprocess: size is %d, want at least 1", options.size_px);
-    if (take_background(&options, "image_preprocess: background", background_value) < 0 || take_three(options.mean, "image_preprocess: mean", mean_value) < 0 ||
-        take_three(options.std, "image_preprocess: std", std_value) < 0 || take_picture(&p, "image_preprocess: rgb", rgb_value) < 0)
+    if (take_background(&options, "image_preprocess: background", background_value) < 0 ||
+        take_three(options.mean, "image_preprocess: mean", mean_value) < 0 || take_three(options.std, "image_preprocess: std", std_value) < 0 ||
+        take_picture(&p, "image_preprocess: rgb", rgb_value) < 0)
         return NULL;
     stv_status status = STV_OK;
     if ((result = array_new(KIND_F32, 3, (Py_ssize_t[]){3, options.size_px, options.size_px}, &data))) {

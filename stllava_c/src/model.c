@@ -42,8 +42,8 @@ static int enter_unexported(model_object *self, const char *what)
 {
     if (model_enter(self) < 0) return -1;
     if (self->exports == 0) return 0;
-    PyErr_Format(PyExc_BufferError, "%s: %zd arrays or memoryviews on the model's memory are alive (tensor, theta, grad); delete or copy them first", what,
-                 self->exports);
+    PyErr_Format(PyExc_BufferError, "%s: %zd arrays or memoryviews on the model's memory are alive (tensor, theta, grad); delete or copy them first",
+                 what, self->exports);
     model_leave(self);
     return -1;
 }
@@ -57,20 +57,22 @@ static PyObject *leave_with(model_object *self, stv_status status)
 
 /* ---- creation ------------------------------------------------------------------------------------------------------------------ */
 
-PyDoc_STRVAR(model_doc,
-             "Model(config, dtype='f32')\n--\n\n"
-             "A vision tower, a projector and a decoder, or some of them, computed in one dtype. Its tensors have the names of a LLaVA checkpoint\n"
-             "and are bound one by one. Usable from several threads, one call at a time.\n\n"
-             "Args:\n"
-             "    config: {\"vision\": dict | None, \"projector\": dict | None, \"decoder\": dict | None}; an absent part is None.\n"
-             "        vision: image_size, patch_size (pixels), hidden_size, n_layers, n_heads, intermediate_size, activation (\"quick_gelu\" or\n"
-             "            \"gelu\"), layer_norm_eps, select_layer (-2: output of the last layer but one), select_feature (\"patch\" or \"cls_patch\").\n"
-             "        projector: kind (\"cluster\", \"linear\", \"mlp\" or \"identity\"), in_size, out_size, depth (of mlp), n_centers and n_rounds (of cluster).\n"
-             "        decoder: vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, intermediate_size, rms_norm_eps, rope_theta,\n"
-             "            sliding_window (tokens, 0: none), tie_word_embeddings; max_position_embeddings is accepted and unused.\n"
-             "    dtype: \"f32\", or \"f64\" as the exact check.\n\n"
-             "Raises:\n"
-             "    ValueError, TypeError: an unknown, missing or unfit key; it is named. MemoryError.");
+PyDoc_STRVAR(
+    model_doc,
+    "Model(config, dtype='f32')\n--\n\n"
+    "A vision tower, a projector and a decoder, or some of them, computed in one dtype. Its tensors have the names of a LLaVA checkpoint\n"
+    "and are bound one by one. Usable from several threads, one call at a time.\n\n"
+    "Args:\n"
+    "    config: {\"vision\": dict | None, \"projector\": dict | None, \"decoder\": dict | None}; an absent part is None.\n"
+    "        vision: image_size, patch_size (pixels), hidden_size, n_layers, n_heads, intermediate_size, activation (\"quick_gelu\" or\n"
+    "            \"gelu\"), layer_norm_eps, select_layer (-2: output of the last layer but one), select_feature (\"patch\" or \"cls_patch\").\n"
+    "        projector: kind (\"cluster\", \"linear\", \"mlp\" or \"identity\"), in_size, out_size, depth (of mlp), n_centers and n_rounds (of "
+    "cluster).\n"
+    "        decoder: vocab_size, hidden_size, n_layers, n_heads, n_kv_heads, head_dim, intermediate_size, rms_norm_eps, rope_theta,\n"
+    "            sliding_window (tokens, 0: none), tie_word_embeddings; max_position_embeddings is accepted and unused.\n"
+    "    dtype: \"f32\", or \"f64\" as the exact check.\n\n"
+    "Raises:\n"
+    "    ValueError, TypeError: an unknown, missing or unfit key; it is named. MemoryError.");
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -338,11 +340,10 @@ static PyObject *model_add_lora(PyObject *object, PyObject *args, PyObject *kwar
     return leave_with(self, status);
 }
 
-PyDoc_STRVAR(merge_lora_doc,
-             "merge_lora($self)\n--\n\n"
-             "W <- W + scale * B A in copies; the bound weights stay as they are. Adapters are skipped while merged.\n\n"
-             "Raises:\n"
-             "    Error (\"state\"): merged already, no adapters, or unbound ones. MemoryError.");
+PyDoc_STRVAR(merge_lora_doc, "merge_lora($self)\n--\n\n"
+                             "W <- W + scale * B A in copies; the bound weights stay as they are. Adapters are skipped while merged.\n\n"
+                             "Raises:\n"
+                             "    Error (\"state\"): merged already, no adapters, or unbound ones. MemoryError.");
 
 static PyObject *model_merge_lora(PyObject *object, PyObject *unused)
 {
@@ -356,7 +357,8 @@ static PyObject *model_merge_lora(PyObject *object, PyObject *unused)
     return leave_with(self, status);
 }
 
-PyDoc_STRVAR(unmerge_lora_doc, "unmerge_lora($self)\n--\n\nForgets the merged copies, exactly.\n\nRaises:\n    Error (\"state\"): nothing is merged.");
+PyDoc_STRVAR(unmerge_lora_doc,
+             "unmerge_lora($self)\n--\n\nForgets the merged copies, exactly.\n\nRaises:\n    Error (\"state\"): nothing is merged.");
 
 static PyObject *model_unmerge_lora(PyObject *object, PyObject *unused)
 {
@@ -366,13 +368,12 @@ static PyObject *model_unmerge_lora(PyObject *object, PyObject *unused)
     return leave_with(self, stv_model_unmerge_lora(self->model));
 }
 
-PyDoc_STRVAR(effective_weight_doc,
-             "effective_weight($self, module)\n--\n\n"
-             "The weight a linear module computes with: W + scale * B A, merged or not.\n\n"
-             "Returns:\n"
-             "    ndarray (out, in) of the model's dtype, a copy.\n\n"
-             "Raises:\n"
-             "    ValueError: no such module. Error (\"state\"): it is not bound.");
+PyDoc_STRVAR(effective_weight_doc, "effective_weight($self, module)\n--\n\n"
+                                   "The weight a linear module computes with: W + scale * B A, merged or not.\n\n"
+                                   "Returns:\n"
+                                   "    ndarray (out, in) of the model's dtype, a copy.\n\n"
+                                   "Raises:\n"
+                                   "    ValueError: no such module. Error (\"state\"): it is not bound.");
 
 static PyObject *model_effective_weight(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -563,14 +564,8 @@ static PyMethodDef methods[] = {
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, (void *)model_doc},
-    {Py_tp_new, model_new},
-    {Py_tp_dealloc, model_dealloc},
-    {Py_tp_traverse, model_traverse},
-    {Py_tp_clear, model_clear},
-    {Py_tp_methods, methods},
-    {Py_tp_getset, getset},
-    {0, NULL},
+    {Py_tp_doc, (void *)model_doc}, {Py_tp_new, model_new},   {Py_tp_dealloc, model_dealloc}, {Py_tp_traverse, model_traverse},
+    {Py_tp_clear, model_clear},     {Py_tp_methods, methods}, {Py_tp_getset, getset},         {0, NULL},
 };
 
 PyType_Spec model_spec = {

@@ -115,7 +115,9 @@ static int take_field(const part *p, const field *f, PyObject *value, char *to)
         return 0;
     }
     PyErr_Format(PyExc_TypeError, "Model: config: %s.%s is %R, want %s", p->key, f->key, value,
-                 f->type == FIELD_BOOL ? "True or False" : f->type == FIELD_INT ? "an integer" : "a number");
+                 f->type == FIELD_BOOL  ? "True or False"
+                 : f->type == FIELD_INT ? "an integer"
+                                        : "a number");
     return -1;
 }
 

@@ -52,17 +52,16 @@ static PyObject *build_info(PyObject *module, PyObject *unused)
     (void)module, (void)unused;
     stv_build_info info = stv_get_build_info();
     return Py_BuildValue("{sssssssNsNsNsN}", "version", info.version, "blas", info.blas, "cpu_level", info.cpu_level, "stb_image",
-                         PyBool_FromLong(info.stb_image), "cuda", PyBool_FromLong(info.cuda), "debug", PyBool_FromLong(info.debug),
-                         "sanitizers", PyBool_FromLong(info.sanitizers));
+                         PyBool_FromLong(info.stb_image), "cuda", PyBool_FromLong(info.cuda), "debug", PyBool_FromLong(info.debug), "sanitizers",
+                         PyBool_FromLong(info.sanitizers));
 }
 
-PyDoc_STRVAR(set_num_threads_doc,
-             "set_num_threads(n)\n--\n\n"
-             "How many threads the core uses, for every model. Results have the same bits at any number.\n\n"
-             "Args:\n"
-             "    n: int >= 1; 0 = one per core this process may use, which is also the default.\n\n"
-             "Raises:\n"
-             "    ValueError: n is negative. Error (\"state\"): another thread is computing. MemoryError.");
+PyDoc_STRVAR(set_num_threads_doc, "set_num_threads(n)\n--\n\n"
+                                  "How many threads the core uses, for every model. Results have the same bits at any number.\n\n"
+                                  "Args:\n"
+                                  "    n: int >= 1; 0 = one per core this process may use, which is also the default.\n\n"
+                                  "Raises:\n"
+                                  "    ValueError: n is negative. Error (\"state\"): another thread is computing. MemoryError.");
 
 static PyObject *set_num_threads(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -86,9 +85,8 @@ static PyObject *get_num_threads(PyObject *module, PyObject *unused)
     return PyLong_FromLong(stv_context_n_threads(module_state(module)->context));
 }
 
-PyDoc_STRVAR(allocations_doc,
-             "allocations()\n--\n\n"
-             "Memory allocations of the core since the process began. Equal before and after a steady training or decoding step.");
+PyDoc_STRVAR(allocations_doc, "allocations()\n--\n\n"
+                              "Memory allocations of the core since the process began. Equal before and after a steady training or decoding step.");
 
 static PyObject *allocations(PyObject *module, PyObject *unused)
 {
@@ -96,16 +94,15 @@ static PyObject *allocations(PyObject *module, PyObject *unused)
     return PyLong_FromUnsignedLongLong(stv_allocations());
 }
 
-PyDoc_STRVAR(fill_uniform_doc,
-             "fill_uniform(out, low, high, seed, stream)\n--\n\n"
-             "Fills a buffer with uniform draws, the same for the same seed and stream on every machine.\n\n"
-             "Args:\n"
-             "    out: writable C-contiguous float32 or float64 buffer of any shape.\n"
-             "    low, high: float, the draws lie in [low, high).\n"
-             "    seed, stream: int in [0, 2**64).\n\n"
-             "Raises:\n"
-             "    TypeError: out is no such buffer. ValueError: low > high.\n\n"
-             "Source: Philox4x32-10, Salmon et al., SC11.");
+PyDoc_STRVAR(fill_uniform_doc, "fill_uniform(out, low, high, seed, stream)\n--\n\n"
+                               "Fills a buffer with uniform draws, the same for the same seed and stream on every machine.\n\n"
+                               "Args:\n"
+                               "    out: writable C-contiguous float32 or float64 buffer of any shape.\n"
+                               "    low, high: float, the draws lie in [low, high).\n"
+                               "    seed, stream: int in [0, 2**64).\n\n"
+                               "Raises:\n"
+                               "    TypeError: out is no such buffer. ValueError: low > high.\n\n"
+                               "Source: Philox4x32-10, Salmon et al., SC11.");
 
 static PyObject *fill_uniform(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -114,7 +111,8 @@ static PyObject *fill_uniform(PyObject *module, PyObject *args, PyObject *kwargs
     PyObject *out;
     double low, high;
     uint64_t seed, stream;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OddO&O&:fill_uniform", names, &out, &low, &high, convert_u64, &seed, convert_u64, &stream)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OddO&O&:fill_uniform", names, &out, &low, &high, convert_u64, &seed, convert_u64, &stream))
+        return NULL;
     if (!(low <= high)) {
         PyErr_SetString(PyExc_ValueError, "fill_uniform: low must not be above high");
         return NULL;

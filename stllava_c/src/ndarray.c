@@ -70,9 +70,11 @@ static PyArrayObject *cast_integers(PyArrayObject *array, const char *what, arra
     for (npy_intp i = 0; i < PyArray_SIZE(wide); i++) {
         if (values[i] >= low && values[i] <= high) continue;
         if (from_unsigned)
-            PyErr_Format(PyExc_ValueError, "%s: element %zd is %llu, which does not fit %s", what, (Py_ssize_t)i, (unsigned long long)values[i], numpy_names[kind]);
+            PyErr_Format(PyExc_ValueError, "%s: element %zd is %llu, which does not fit %s", what, (Py_ssize_t)i, (unsigned long long)values[i],
+                         numpy_names[kind]);
         else
-            PyErr_Format(PyExc_ValueError, "%s: element %zd is %lld, which does not fit %s", what, (Py_ssize_t)i, (long long)values[i], numpy_names[kind]);
+            PyErr_Format(PyExc_ValueError, "%s: element %zd is %lld, which does not fit %s", what, (Py_ssize_t)i, (long long)values[i],
+                         numpy_names[kind]);
         Py_DECREF((PyObject *)wide);
         return NULL;
     }
@@ -89,7 +91,10 @@ static PyArrayObject *convert(PyArrayObject *array, const char *what, array_kind
     if (kind == KIND_U8 && type == NPY_UINT8) return cast(array, type);
     if (kind != KIND_U8 && (is_integer || (empty && kind != KIND_F32 && kind != KIND_F64))) return cast_integers(array, what, kind);
     PyErr_Format(PyExc_TypeError, "%s: want %s, got an array of %S", what,
-                 kind == KIND_U8 ? "uint8" : kind == KIND_F32 || kind == KIND_F64 ? "real numbers" : "integers", (PyObject *)PyArray_DESCR(array));
+                 kind == KIND_U8                        ? "uint8"
+                 : kind == KIND_F32 || kind == KIND_F64 ? "real numbers"
+                                                        : "integers",
+                 (PyObject *)PyArray_DESCR(array));
     return NULL;
 }
 

@@ -3,11 +3,12 @@
 
 /* ---- life ---------------------------------------------------------------------------------------------------------------------- */
 
-PyDoc_STRVAR(run_doc,
-             "Run(model)\n--\n\n"
-             "Forward and backward passes of a model, in one block of memory that grows to what the largest batch needs. A model may have several.\n\n"
-             "Raises:\n"
-             "    Error (\"state\"): the model is closed. MemoryError.");
+PyDoc_STRVAR(
+    run_doc,
+    "Run(model)\n--\n\n"
+    "Forward and backward passes of a model, in one block of memory that grows to what the largest batch needs. A model may have several.\n\n"
+    "Raises:\n"
+    "    Error (\"state\"): the model is closed. MemoryError.");
 
 static PyObject *run_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -109,9 +110,11 @@ static PyObject *run_set_recompute(PyObject *object, PyObject *args, PyObject *k
 /* ---- the whole model ----------------------------------------------------------------------------------------------------------- */
 
 /* (batch, *, pixels, ... mean_logit) of forward and estimate. */
-static int take_batch_call(run_object *self, PyObject *args, PyObject *kwargs, const char *format, const char *what, forward_call *call, batch_object **batch)
+static int take_batch_call(run_object *self, PyObject *args, PyObject *kwargs, const char *format, const char *what, forward_call *call,
+                           batch_object **batch)
 {
-    static char *names[] = {"batch", "pixels", "features", "theta", "adapters", "train", "vision_grad", "dropout", "seed", "step", "mean_logit", NULL};
+    static char *names[] = {"batch",       "pixels",  "features", "theta", "adapters",   "train",
+                            "vision_grad", "dropout", "seed",     "step",  "mean_logit", NULL};
     PyObject *batch_value;
     forward_values values = {0};
     int adapters = 1, train = 0, vision_grad = 1, dropout = 0, mean_logit = 0;
@@ -135,26 +138,27 @@ static int take_batch_call(run_object *self, PyObject *args, PyObject *kwargs, c
     return 0;
 }
 
-PyDoc_STRVAR(forward_doc,
-             "forward($self, batch, *, pixels=None, features=None, theta=None, adapters=True, train=False, vision_grad=True, dropout=False, seed=0, step=0, "
-             "mean_logit=False)\n--\n\n"
-             "Log-probabilities of a batch's targets.\n\n"
-             "Args:\n"
-             "    batch: Batch of this run's model.\n"
-             "    pixels: (n_images, 3, size, size) normalised images, real numbers; kept until the next forward.\n"
-             "    features: (n_images*tokens_per_image, D) projected image features in place of pixels: tower and projector do not run.\n"
-             "    theta: (n_trainable,) of the model's dtype, in place of the model's own trainable values: a reference policy. Kept likewise.\n"
-             "    adapters: bool, False: LoRA off.\n"
-             "    train: bool, keep what backward needs.\n"
-             "    vision_grad: bool, False: no gradient into the tower (as the original trains).\n"
-             "    dropout: bool, the adapters' dropout on, drawn from (seed, step).\n"
-             "    seed, step: int in [0, 2**64).\n"
-             "    mean_logit: bool, also compute the mean over the vocabulary of the logits at every label's row.\n\n"
-             "Returns:\n"
-             "    ndarray (n_targets,) float64.\n\n"
-             "Raises:\n"
-             "    ValueError, TypeError: arguments that do not fit. Error (\"state\"): an unbound tensor. MemoryError.\n"
-             "    NumericError: a log-probability is not finite.");
+PyDoc_STRVAR(
+    forward_doc,
+    "forward($self, batch, *, pixels=None, features=None, theta=None, adapters=True, train=False, vision_grad=True, dropout=False, seed=0, step=0, "
+    "mean_logit=False)\n--\n\n"
+    "Log-probabilities of a batch's targets.\n\n"
+    "Args:\n"
+    "    batch: Batch of this run's model.\n"
+    "    pixels: (n_images, 3, size, size) normalised images, real numbers; kept until the next forward.\n"
+    "    features: (n_images*tokens_per_image, D) projected image features in place of pixels: tower and projector do not run.\n"
+    "    theta: (n_trainable,) of the model's dtype, in place of the model's own trainable values: a reference policy. Kept likewise.\n"
+    "    adapters: bool, False: LoRA off.\n"
+    "    train: bool, keep what backward needs.\n"
+    "    vision_grad: bool, False: no gradient into the tower (as the original trains).\n"
+    "    dropout: bool, the adapters' dropout on, drawn from (seed, step).\n"
+    "    seed, step: int in [0, 2**64).\n"
+    "    mean_logit: bool, also compute the mean over the vocabulary of the logits at every label's row.\n\n"
+    "Returns:\n"
+    "    ndarray (n_targets,) float64.\n\n"
+    "Raises:\n"
+    "    ValueError, TypeError: arguments that do not fit. Error (\"state\"): an unbound tensor. MemoryError.\n"
+    "    NumericError: a log-probability is not finite.");
 
 static PyObject *run_forward(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -187,13 +191,12 @@ done:
     return logp;
 }
 
-PyDoc_STRVAR(backward_doc,
-             "backward($self, dlogp)\n--\n\n"
-             "Adds to the model's gradient buffer what d loss / d logp asks for. Once per forward with train=True.\n\n"
-             "Args:\n"
-             "    dlogp: (n_targets,) real numbers.\n\n"
-             "Raises:\n"
-             "    Error (\"state\"): no forward with train before it, or nothing trains. ValueError: dlogp has another length.");
+PyDoc_STRVAR(backward_doc, "backward($self, dlogp)\n--\n\n"
+                           "Adds to the model's gradient buffer what d loss / d logp asks for. Once per forward with train=True.\n\n"
+                           "Args:\n"
+                           "    dlogp: (n_targets,) real numbers.\n\n"
+                           "Raises:\n"
+                           "    Error (\"state\"): no forward with train before it, or nothing trains. ValueError: dlogp has another length.");
 
 static PyObject *run_backward(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -221,15 +224,14 @@ static PyObject *run_backward(PyObject *object, PyObject *args, PyObject *kwargs
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(logits_doc,
-             "logits($self, rows)\n--\n\n"
-             "Logits of any rows of the last forward.\n\n"
-             "Args:\n"
-             "    rows: (n,) integers in [0, n_rows).\n\n"
-             "Returns:\n"
-             "    ndarray (n, vocab_size) of the model's dtype.\n\n"
-             "Raises:\n"
-             "    Error (\"state\"): no forward before it. ValueError: a row out of range.");
+PyDoc_STRVAR(logits_doc, "logits($self, rows)\n--\n\n"
+                         "Logits of any rows of the last forward.\n\n"
+                         "Args:\n"
+                         "    rows: (n,) integers in [0, n_rows).\n\n"
+                         "Returns:\n"
+                         "    ndarray (n, vocab_size) of the model's dtype.\n\n"
+                         "Raises:\n"
+                         "    Error (\"state\"): no forward before it. ValueError: a row out of range.");
 
 static PyObject *run_logits(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -262,10 +264,11 @@ static PyObject *run_logits(PyObject *object, PyObject *args, PyObject *kwargs)
     return logits;
 }
 
-PyDoc_STRVAR(estimate_doc,
-             "estimate($self, batch, *, pixels=None, features=None, theta=None, adapters=True, train=False, vision_grad=True, dropout=False, seed=0, step=0, "
-             "mean_logit=False)\n--\n\n"
-             "Bytes of working memory that forward (and backward, with train) would need; takes forward's arguments and computes nothing else.");
+PyDoc_STRVAR(
+    estimate_doc,
+    "estimate($self, batch, *, pixels=None, features=None, theta=None, adapters=True, train=False, vision_grad=True, dropout=False, seed=0, step=0, "
+    "mean_logit=False)\n--\n\n"
+    "Bytes of working memory that forward (and backward, with train) would need; takes forward's arguments and computes nothing else.");
 
 static PyObject *run_estimate(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -345,7 +348,8 @@ static PyObject *get_arena_bytes(PyObject *object, void *unused)
 
 static PyGetSetDef getset[] = {
     {"mean_logit", get_mean_logit, NULL, "ndarray (n_targets,) float64 of the last forward, None unless asked for", NULL},
-    {"features", get_features, NULL, "ndarray (n_images*tokens_per_image, D), the last forward's projected image features; None without images", NULL},
+    {"features", get_features, NULL, "ndarray (n_images*tokens_per_image, D), the last forward's projected image features; None without images",
+     NULL},
     {"embeddings", get_embeddings, NULL, "ndarray (n_rows, D), the rows that entered the decoder in the last forward", NULL},
     {"arena_bytes", get_arena_bytes, NULL, "int, working memory held now", NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -371,14 +375,8 @@ static PyMethodDef methods[] = {
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, (void *)run_doc},
-    {Py_tp_new, run_new},
-    {Py_tp_dealloc, run_dealloc},
-    {Py_tp_traverse, run_traverse},
-    {Py_tp_clear, run_clear},
-    {Py_tp_methods, methods},
-    {Py_tp_getset, getset},
-    {0, NULL},
+    {Py_tp_doc, (void *)run_doc}, {Py_tp_new, run_new},     {Py_tp_dealloc, run_dealloc}, {Py_tp_traverse, run_traverse},
+    {Py_tp_clear, run_clear},     {Py_tp_methods, methods}, {Py_tp_getset, getset},       {0, NULL},
 };
 
 PyType_Spec run_spec = {

@@ -7,13 +7,12 @@
 typedef enum last_call { LAST_NONE, LAST_FORWARD, LAST_VISION, LAST_PROJECTOR } last_call;
 
 typedef struct run_object {
-    PyObject_HEAD
-    model_object *model;
+    PyObject_HEAD model_object *model;
     stv_run *run;
-    last_call last;         /* what the core's views belong to */
-    forward_call call;      /* its arguments: the core borrows them until the next */
-    batch_object *batch;    /* of LAST_FORWARD */
-    PyObject *input;        /* of LAST_PROJECTOR */
+    last_call last;      /* what the core's views belong to */
+    forward_call call;   /* its arguments: the core borrows them until the next */
+    batch_object *batch; /* of LAST_FORWARD */
+    PyObject *input;     /* of LAST_PROJECTOR */
     int64_t n_images, n_tokens;
 } run_object;
 

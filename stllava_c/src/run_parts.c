@@ -1,15 +1,14 @@
 /* run_parts.c - the tower and the projector alone, forward and backward. */
 #include "run.h"
 
-const char encode_doc[] =
-    "encode($self, pixels, *, theta=None, adapters=True)\n--\n\n"
-    "Tower and projector: image features for later use as forward's `features`.\n\n"
-    "Args:\n"
-    "    pixels: (n, 3, size, size) real numbers. theta, adapters: as in forward.\n\n"
-    "Returns:\n"
-    "    ndarray (n*tokens_per_image, D) of the model's dtype.\n\n"
-    "Raises:\n"
-    "    As forward.";
+const char encode_doc[] = "encode($self, pixels, *, theta=None, adapters=True)\n--\n\n"
+                          "Tower and projector: image features for later use as forward's `features`.\n\n"
+                          "Args:\n"
+                          "    pixels: (n, 3, size, size) real numbers. theta, adapters: as in forward.\n\n"
+                          "Returns:\n"
+                          "    ndarray (n*tokens_per_image, D) of the model's dtype.\n\n"
+                          "Raises:\n"
+                          "    As forward.";
 
 PyObject *run_encode(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -43,17 +42,16 @@ PyObject *run_encode(PyObject *object, PyObject *args, PyObject *kwargs)
     return features;
 }
 
-const char vision_forward_doc[] =
-    "vision_forward($self, pixels, *, all_layers=False, theta=None, adapters=True, train=False)\n--\n\n"
-    "The tower alone.\n\n"
-    "Args:\n"
-    "    pixels: (n, 3, size, size) real numbers.\n"
-    "    all_layers: bool, also compute what vision_hidden and vision_pooled give.\n"
-    "    theta, adapters, train: as in forward; train allows vision_backward.\n\n"
-    "Returns:\n"
-    "    ndarray (n*tokens_per_image, E) of the model's dtype.\n\n"
-    "Raises:\n"
-    "    As forward.";
+const char vision_forward_doc[] = "vision_forward($self, pixels, *, all_layers=False, theta=None, adapters=True, train=False)\n--\n\n"
+                                  "The tower alone.\n\n"
+                                  "Args:\n"
+                                  "    pixels: (n, 3, size, size) real numbers.\n"
+                                  "    all_layers: bool, also compute what vision_hidden and vision_pooled give.\n"
+                                  "    theta, adapters, train: as in forward; train allows vision_backward.\n\n"
+                                  "Returns:\n"
+                                  "    ndarray (n*tokens_per_image, E) of the model's dtype.\n\n"
+                                  "Raises:\n"
+                                  "    As forward.";
 
 PyObject *run_vision_forward(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -62,7 +60,8 @@ PyObject *run_vision_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     forward_values values = {0};
     forward_call call = {0};
     int all_layers = 0, adapters = 1, train = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$pOpp:vision_forward", names, &values.pixels, &all_layers, &values.theta, &adapters, &train)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$pOpp:vision_forward", names, &values.pixels, &all_layers, &values.theta, &adapters, &train))
+        return NULL;
     if (values.pixels == Py_None) return PyErr_Format(PyExc_TypeError, "Run.vision_forward: pixels is None, want an array");
     if (forward_take(&call, self->model, "Run.vision_forward", values, -1) < 0) return NULL;
     call.options.adapters = adapters;
@@ -93,15 +92,14 @@ PyObject *run_vision_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     return features;
 }
 
-const char vision_hidden_doc[] =
-    "vision_hidden($self, i)\n--\n\n"
-    "hidden_states[i] after vision_forward(all_layers=True): 0 is the input of the first layer.\n\n"
-    "Args:\n"
-    "    i: int in [0, n_layers].\n\n"
-    "Returns:\n"
-    "    ndarray (n*(patches+1), E) of the model's dtype, class token first.\n\n"
-    "Raises:\n"
-    "    Error (\"state\"): not computed. ValueError: i out of range.";
+const char vision_hidden_doc[] = "vision_hidden($self, i)\n--\n\n"
+                                 "hidden_states[i] after vision_forward(all_layers=True): 0 is the input of the first layer.\n\n"
+                                 "Args:\n"
+                                 "    i: int in [0, n_layers].\n\n"
+                                 "Returns:\n"
+                                 "    ndarray (n*(patches+1), E) of the model's dtype, class token first.\n\n"
+                                 "Raises:\n"
+                                 "    Error (\"state\"): not computed. ValueError: i out of range.";
 
 PyObject *run_vision_hidden(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -146,13 +144,12 @@ PyObject *run_vision_pooled(PyObject *object, PyObject *unused)
     return pooled;
 }
 
-const char vision_backward_doc[] =
-    "vision_backward($self, dfeatures)\n--\n\n"
-    "Adds the tower's gradients for d loss / d features. Once per vision_forward with train=True.\n\n"
-    "Args:\n"
-    "    dfeatures: n*tokens_per_image*E real numbers, as vision_forward returned them.\n\n"
-    "Raises:\n"
-    "    Error (\"state\"): no vision_forward with train before it. ValueError: another size.";
+const char vision_backward_doc[] = "vision_backward($self, dfeatures)\n--\n\n"
+                                   "Adds the tower's gradients for d loss / d features. Once per vision_forward with train=True.\n\n"
+                                   "Args:\n"
+                                   "    dfeatures: n*tokens_per_image*E real numbers, as vision_forward returned them.\n\n"
+                                   "Raises:\n"
+                                   "    Error (\"state\"): no vision_forward with train before it. ValueError: another size.";
 
 PyObject *run_vision_backward(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -168,7 +165,8 @@ PyObject *run_vision_backward(PyObject *object, PyObject *args, PyObject *kwargs
         return NULL;
     }
     if (run_check_last(self, LAST_VISION, "Run.vision_backward", "vision_forward with train=True") == 0 &&
-        check_size("Run.vision_backward: dfeatures", (Py_ssize_t)(self->n_images * self->model->config.vision.hidden_size) * run_tokens_per_image(self), n) == 0) {
+        check_size("Run.vision_backward: dfeatures",
+                   (Py_ssize_t)(self->n_images * self->model->config.vision.hidden_size) * run_tokens_per_image(self), n) == 0) {
         stv_status status;
         Py_BEGIN_ALLOW_THREADS
         status = stv_run_vision_backward(self->run, data);
@@ -181,16 +179,15 @@ PyObject *run_vision_backward(PyObject *object, PyObject *args, PyObject *kwargs
     Py_RETURN_NONE;
 }
 
-const char projector_forward_doc[] =
-    "projector_forward($self, x, *, theta=None, train=False)\n--\n\n"
-    "The projector alone.\n\n"
-    "Args:\n"
-    "    x: (n_images, n_tokens, E) real numbers; n_tokens need not be the tower's. Kept until the next forward.\n"
-    "    theta, train: as in forward; train allows projector_backward.\n\n"
-    "Returns:\n"
-    "    ndarray (n_images, n_tokens, D) of the model's dtype.\n\n"
-    "Raises:\n"
-    "    As forward.";
+const char projector_forward_doc[] = "projector_forward($self, x, *, theta=None, train=False)\n--\n\n"
+                                     "The projector alone.\n\n"
+                                     "Args:\n"
+                                     "    x: (n_images, n_tokens, E) real numbers; n_tokens need not be the tower's. Kept until the next forward.\n"
+                                     "    theta, train: as in forward; train allows projector_backward.\n\n"
+                                     "Returns:\n"
+                                     "    ndarray (n_images, n_tokens, D) of the model's dtype.\n\n"
+                                     "Raises:\n"
+                                     "    As forward.";
 
 PyObject *run_projector_forward(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -249,11 +246,10 @@ static PyObject *cluster_result(PyObject *object, const char *what, bool margin)
     return result;
 }
 
-const char cluster_assignment_doc[] =
-    "cluster_assignment($self)\n--\n\n"
-    "The centre of each token after projector_forward: ndarray (n_images*n_tokens,) int32.\n\n"
-    "Raises:\n"
-    "    Error (\"state\"): no projector_forward before it, or another kind of projector.";
+const char cluster_assignment_doc[] = "cluster_assignment($self)\n--\n\n"
+                                      "The centre of each token after projector_forward: ndarray (n_images*n_tokens,) int32.\n\n"
+                                      "Raises:\n"
+                                      "    Error (\"state\"): no projector_forward before it, or another kind of projector.";
 
 PyObject *run_cluster_assignment(PyObject *object, PyObject *unused)
 {
@@ -261,11 +257,10 @@ PyObject *run_cluster_assignment(PyObject *object, PyObject *unused)
     return cluster_result(object, "Run.cluster_assignment", false);
 }
 
-const char cluster_margin_doc[] =
-    "cluster_margin($self)\n--\n\n"
-    "Best minus second-best similarity of each token after projector_forward: ndarray (n_images*n_tokens,) float64.\n\n"
-    "Raises:\n"
-    "    Error (\"state\"): no projector_forward before it, or another kind of projector.";
+const char cluster_margin_doc[] = "cluster_margin($self)\n--\n\n"
+                                  "Best minus second-best similarity of each token after projector_forward: ndarray (n_images*n_tokens,) float64.\n\n"
+                                  "Raises:\n"
+                                  "    Error (\"state\"): no projector_forward before it, or another kind of projector.";
 
 PyObject *run_cluster_margin(PyObject *object, PyObject *unused)
 {
@@ -273,16 +268,15 @@ PyObject *run_cluster_margin(PyObject *object, PyObject *unused)
     return cluster_result(object, "Run.cluster_margin", true);
 }
 
-const char projector_backward_doc[] =
-    "projector_backward($self, dout, want_input_grad=True)\n--\n\n"
-    "Adds the projector's gradients for d loss / d output. Once per projector_forward with train=True.\n\n"
-    "Args:\n"
-    "    dout: n_images*n_tokens*D real numbers, as projector_forward returned them.\n"
-    "    want_input_grad: bool.\n\n"
-    "Returns:\n"
-    "    ndarray (n_images, n_tokens, E) of the model's dtype, d loss / d x; or None.\n\n"
-    "Raises:\n"
-    "    Error (\"state\"): no projector_forward with train before it. ValueError: another size.";
+const char projector_backward_doc[] = "projector_backward($self, dout, want_input_grad=True)\n--\n\n"
+                                      "Adds the projector's gradients for d loss / d output. Once per projector_forward with train=True.\n\n"
+                                      "Args:\n"
+                                      "    dout: n_images*n_tokens*D real numbers, as projector_forward returned them.\n"
+                                      "    want_input_grad: bool.\n\n"
+                                      "Returns:\n"
+                                      "    ndarray (n_images, n_tokens, E) of the model's dtype, d loss / d x; or None.\n\n"
+                                      "Raises:\n"
+                                      "    Error (\"state\"): no projector_forward with train before it. ValueError: another size.";
 
 PyObject *run_projector_backward(PyObject *object, PyObject *args, PyObject *kwargs)
 {

@@ -11,8 +11,7 @@
 #include <string.h>
 
 typedef struct tensor_object {
-    PyObject_HEAD
-    array_kind kind;
+    PyObject_HEAD array_kind kind;
     int ndim;
     Py_ssize_t shape[TENSOR_MAX_DIM], strides[TENSOR_MAX_DIM], size_bytes;
     void *data; /* NULL: freed */
@@ -46,7 +45,8 @@ bool buffer_kind(const Py_buffer *view, array_kind *kind)
 int borrow_buffer(Py_buffer *view, PyObject *obj, const char *what, array_kind kind, Py_ssize_t n, bool writable)
 {
     if (!PyObject_CheckBuffer(obj)) {
-        PyErr_Format(PyExc_TypeError, "%s: want a C-contiguous buffer of %s, got an object without the buffer protocol", what, array_kinds[kind].name);
+        PyErr_Format(PyExc_TypeError, "%s: want a C-contiguous buffer of %s, got an object without the buffer protocol", what,
+                     array_kinds[kind].name);
         return -1;
     }
     if (PyObject_GetBuffer(obj, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) < 0) return -1;
@@ -140,7 +140,8 @@ static PyObject *from_buffer(PyObject *type, PyObject *args, PyObject *kwargs)
     if (!PyBuffer_IsContiguous(&view, 'C')) {
         PyErr_SetString(PyExc_ValueError, "Tensor.from_buffer: the buffer is not C-contiguous; copy it with numpy.ascontiguousarray");
     } else if (!buffer_kind(&view, &kind)) {
-        PyErr_Format(PyExc_TypeError, "Tensor.from_buffer: elements of format '%s', supported: float32, float64, int32, int64, uint64, uint8", view.format);
+        PyErr_Format(PyExc_TypeError, "Tensor.from_buffer: elements of format '%s', supported: float32, float64, int32, int64, uint64, uint8",
+                     view.format);
     } else {
         return tensor_take_buffer((PyTypeObject *)type, &view, kind);
     }
@@ -148,14 +149,13 @@ static PyObject *from_buffer(PyObject *type, PyObject *args, PyObject *kwargs)
     return NULL;
 }
 
-PyDoc_STRVAR(zeros_doc,
-             "zeros($type, shape, dtype='f32')\n--\n\n"
-             "A tensor of zeros in memory of its own, 64-byte aligned.\n\n"
-             "Args:\n"
-             "    shape: int, or tuple of at most 8 int >= 0.\n"
-             "    dtype: \"f32\", \"f64\", \"i32\", \"i64\", \"u64\" or \"u8\".\n\n"
-             "Raises:\n"
-             "    ValueError: shape or dtype. MemoryError.");
+PyDoc_STRVAR(zeros_doc, "zeros($type, shape, dtype='f32')\n--\n\n"
+                        "A tensor of zeros in memory of its own, 64-byte aligned.\n\n"
+                        "Args:\n"
+                        "    shape: int, or tuple of at most 8 int >= 0.\n"
+                        "    dtype: \"f32\", \"f64\", \"i32\", \"i64\", \"u64\" or \"u8\".\n\n"
+                        "Raises:\n"
+                        "    ValueError: shape or dtype. MemoryError.");
 
 static int parse_shape(PyObject *value, Py_ssize_t shape[TENSOR_MAX_DIM])
 {
@@ -223,7 +223,8 @@ static PyObject *tensor_free(PyObject *object, PyObject *unused)
     (void)unused;
     tensor_object *self = (tensor_object *)object;
     if (self->exports > 0)
-        return PyErr_Format(PyExc_BufferError, "Tensor.free: %zd exported buffers (arrays or memoryviews) are alive; delete them first", self->exports);
+        return PyErr_Format(PyExc_BufferError, "Tensor.free: %zd exported buffers (arrays or memoryviews) are alive; delete them first",
+                            self->exports);
     tensor_release(self);
     Py_RETURN_NONE;
 }
@@ -275,8 +276,11 @@ static int tensor_getbuffer(PyObject *object, Py_buffer *view, int flags)
         self->exports++;
     }
     if (!self->data || stale) {
-        PyErr_Format(PyExc_BufferError, self->data ? "Tensor %R: the model's memory has moved since (bind, add_lora, set_trainable or close); take it from the "
-                                                     "model again" : "Tensor %R: its memory was freed", self->name);
+        PyErr_Format(PyExc_BufferError,
+                     self->data ? "Tensor %R: the model's memory has moved since (bind, add_lora, set_trainable or close); take it from the "
+                                  "model again"
+                                : "Tensor %R: its memory was freed",
+                     self->name);
         return -1;
     }
     *view = (Py_buffer){
@@ -351,7 +355,8 @@ static PyObject *tensor_repr(PyObject *object)
 {
     tensor_object *self = (tensor_object *)object;
     PyObject *shape = get_shape(object, NULL);
-    PyObject *text = shape ? PyUnicode_FromFormat("<Tensor %R %s%R%s>", self->name, array_kinds[self->kind].name, shape, self->data ? "" : " freed") : NULL;
+    PyObject *text =
+        shape ? PyUnicode_FromFormat("<Tensor %R %s%R%s>", self->name, array_kinds[self->kind].name, shape, self->data ? "" : " freed") : NULL;
     Py_XDECREF(shape);
     return text;
 }

@@ -24,23 +24,24 @@ static int take_name(PyObject *value, const char *what, const char *const *names
 
 /* ---- preference losses --------------------------------------------------------------------------------------------------------- */
 
-PyDoc_STRVAR(preference_loss_doc,
-             "preference_loss(*, loss_types, weights=None, beta=0.1, label_smoothing=0.0, discopop_tau=0.05, f_divergence='reverse_kl', alpha=0.5, "
-             "reference_free=False, policy_chosen, policy_rejected, reference_chosen=None, reference_rejected=None, chosen_tokens, rejected_tokens)\n--\n\n"
-             "Mixture of preference losses over n_pairs pairs: sum of weights[k] * mean over pairs of loss k. Log-probabilities are sums over a\n"
-             "sequence's targets, (n_pairs,) real numbers, computed in float64.\n\n"
-             "Args:\n"
-             "    loss_types: sequence of str from LOSS_TYPES. weights: one float each; None: all 1.\n"
-             "    beta: float > 0. label_smoothing: float in [0, 0.5). discopop_tau: float > 0.\n"
-             "    f_divergence: \"reverse_kl\", \"forward_kl\", \"js_divergence\" or \"alpha_divergence\" (with alpha).\n"
-             "    reference_free: bool, reference log-probabilities count as 0 and are not given.\n"
-             "    chosen_tokens, rejected_tokens: (n_pairs,) numbers of targets.\n\n"
-             "Returns:\n"
-             "    (loss, per_pair, dchosen, drejected): float; ndarray (n_losses, n_pairs), unweighted; ndarrays (n_pairs,), d loss / d policy\n"
-             "    log-probability.\n\n"
-             "Raises:\n"
-             "    ValueError, TypeError: what does not fit.\n\n"
-             "Source: TRL's DPOTrainer (dpo_loss); the sources of each loss are in csrc/train/preference.c.");
+PyDoc_STRVAR(
+    preference_loss_doc,
+    "preference_loss(*, loss_types, weights=None, beta=0.1, label_smoothing=0.0, discopop_tau=0.05, f_divergence='reverse_kl', alpha=0.5, "
+    "reference_free=False, policy_chosen, policy_rejected, reference_chosen=None, reference_rejected=None, chosen_tokens, rejected_tokens)\n--\n\n"
+    "Mixture of preference losses over n_pairs pairs: sum of weights[k] * mean over pairs of loss k. Log-probabilities are sums over a\n"
+    "sequence's targets, (n_pairs,) real numbers, computed in float64.\n\n"
+    "Args:\n"
+    "    loss_types: sequence of str from LOSS_TYPES. weights: one float each; None: all 1.\n"
+    "    beta: float > 0. label_smoothing: float in [0, 0.5). discopop_tau: float > 0.\n"
+    "    f_divergence: \"reverse_kl\", \"forward_kl\", \"js_divergence\" or \"alpha_divergence\" (with alpha).\n"
+    "    reference_free: bool, reference log-probabilities count as 0 and are not given.\n"
+    "    chosen_tokens, rejected_tokens: (n_pairs,) numbers of targets.\n\n"
+    "Returns:\n"
+    "    (loss, per_pair, dchosen, drejected): float; ndarray (n_losses, n_pairs), unweighted; ndarrays (n_pairs,), d loss / d policy\n"
+    "    log-probability.\n\n"
+    "Raises:\n"
+    "    ValueError, TypeError: what does not fit.\n\n"
+    "Source: TRL's DPOTrainer (dpo_loss); the sources of each loss are in csrc/train/preference.c.");
 
 static int take_loss_types(PyObject *value, stv_loss_type **types, Py_ssize_t *n)
 {
@@ -65,7 +66,8 @@ typedef struct columns {
     Py_ssize_t n_pairs;
 } columns;
 
-static const char *const column_names[] = {"policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens"};
+static const char *const column_names[] = {"policy_chosen",      "policy_rejected", "reference_chosen",
+                                           "reference_rejected", "chosen_tokens",   "rejected_tokens"};
 
 static int take_columns(columns *c, PyObject *const values[N_COLUMNS], bool reference_free)
 {
@@ -74,8 +76,10 @@ static int take_columns(columns *c, PyObject *const values[N_COLUMNS], bool refe
         bool given = values[i] && values[i] != Py_None;
         if (i == REFERENCE_CHOSEN || i == REFERENCE_REJECTED) {
             if (given == reference_free) {
-                PyErr_Format(PyExc_ValueError, reference_free ? "preference_loss: %s is given, but reference_free is True"
-                                                              : "preference_loss: %s is missing; give it or set reference_free=True", column_names[i]);
+                PyErr_Format(PyExc_ValueError,
+                             reference_free ? "preference_loss: %s is given, but reference_free is True"
+                                            : "preference_loss: %s is missing; give it or set reference_free=True",
+                             column_names[i]);
                 return -1;
             }
             if (!given) continue;
@@ -89,16 +93,22 @@ static int take_columns(columns *c, PyObject *const values[N_COLUMNS], bool refe
 
 static PyObject *preference_loss(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"loss_types", "weights", "beta", "label_smoothing", "discopop_tau", "f_divergence", "alpha", "reference_free", "policy_chosen",
-                            "policy_rejected", "reference_chosen", "reference_rejected", "chosen_tokens", "rejected_tokens", NULL};
-    static const char *const divergences[] = {[STV_REVERSE_KL] = "reverse_kl", [STV_FORWARD_KL] = "forward_kl", [STV_JS_DIVERGENCE] = "js_divergence",
-                                              [STV_ALPHA_DIVERGENCE] = "alpha_divergence", NULL};
+    static char *names[] = {"loss_types",      "weights",          "beta",
+                            "label_smoothing", "discopop_tau",     "f_divergence",
+                            "alpha",           "reference_free",   "policy_chosen",
+                            "policy_rejected", "reference_chosen", "reference_rejected",
+                            "chosen_tokens",   "rejected_tokens",  NULL};
+    static const char *const divergences[] = {[STV_REVERSE_KL] = "reverse_kl",
+                                              [STV_FORWARD_KL] = "forward_kl",
+                                              [STV_JS_DIVERGENCE] = "js_divergence",
+                                              [STV_ALPHA_DIVERGENCE] = "alpha_divergence",
+                                              NULL};
     PyObject *types_value = NULL, *weights_value = NULL, *divergence = NULL, *values[N_COLUMNS] = {0};
     stv_preference_config config = {.beta = 0.1, .discopop_tau = 0.05, .f_divergence = STV_REVERSE_KL, .alpha = 0.5};
     int reference_free = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOdddOdpOOOOOO:preference_loss", names, &types_value, &weights_value, &config.beta,
-                                     &config.label_smoothing, &config.discopop_tau, &divergence, &config.alpha, &reference_free, &values[0], &values[1],
-                                     &values[2], &values[3], &values[4], &values[5]))
+                                     &config.label_smoothing, &config.discopop_tau, &divergence, &config.alpha, &reference_free, &values[0],
+                                     &values[1], &values[2], &values[3], &values[4], &values[5]))
         return NULL;
     if (check_given(types_value, "preference_loss", "loss_types") < 0) return NULL;
 
@@ -169,7 +179,8 @@ static stv_adamw_range *take_ranges(PyObject *value, const char *what, Py_ssize_
             ranges[i].end = end;
         } else {
             PyErr_Clear();
-            PyErr_Format(PyExc_TypeError, "%s: ranges[%zd]: want (begin: int, end: int, lr: float, weight_decay: float), got %R", what, i, PyTuple_GetItem(rows, i));
+            PyErr_Format(PyExc_TypeError, "%s: ranges[%zd]: want (begin: int, end: int, lr: float, weight_decay: float), got %R", what, i,
+                         PyTuple_GetItem(rows, i));
             PyMem_Free(ranges);
             ranges = NULL;
         }
@@ -179,18 +190,17 @@ static stv_adamw_range *take_ranges(PyObject *value, const char *what, Py_ssize_
     return ranges;
 }
 
-PyDoc_STRVAR(adamw_step_doc,
-             "adamw_step(model, m, v, ranges, *, beta1=0.9, beta2=0.999, eps=1e-08, step, grad_scale=1.0)\n--\n\n"
-             "One update in place of the model's trainable values; elements outside every range stay untouched.\n\n"
-             "Args:\n"
-             "    model: Model in which something trains.\n"
-             "    m, v: writable buffers (n_trainable,) of the model's dtype: first and second moments.\n"
-             "    ranges: sequence of (begin, end, lr, weight_decay): elements [begin, end) of the flat buffer.\n"
-             "    step: int >= 1, number of this update.\n"
-             "    grad_scale: float, gradients are multiplied by it first.\n\n"
-             "Raises:\n"
-             "    ValueError, TypeError: what does not fit. Error (\"state\"): nothing trains.\n\n"
-             "Source: Loshchilov & Hutter, arXiv 1711.05101, in torch.optim.AdamW's order of operations.");
+PyDoc_STRVAR(adamw_step_doc, "adamw_step(model, m, v, ranges, *, beta1=0.9, beta2=0.999, eps=1e-08, step, grad_scale=1.0)\n--\n\n"
+                             "One update in place of the model's trainable values; elements outside every range stay untouched.\n\n"
+                             "Args:\n"
+                             "    model: Model in which something trains.\n"
+                             "    m, v: writable buffers (n_trainable,) of the model's dtype: first and second moments.\n"
+                             "    ranges: sequence of (begin, end, lr, weight_decay): elements [begin, end) of the flat buffer.\n"
+                             "    step: int >= 1, number of this update.\n"
+                             "    grad_scale: float, gradients are multiplied by it first.\n\n"
+                             "Raises:\n"
+                             "    ValueError, TypeError: what does not fit. Error (\"state\"): nothing trains.\n\n"
+                             "Source: Loshchilov & Hutter, arXiv 1711.05101, in torch.optim.AdamW's order of operations.");
 
 static PyObject *adamw_step(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -210,8 +220,8 @@ static PyObject *adamw_step(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_ssize_t n_ranges;
     Py_buffer m = {0}, v = {0};
     stv_adamw_range *ranges = take_ranges(ranges_value, "adamw_step", &n_ranges);
-    if (ranges && borrow_buffer(&m, m_value, "adamw_step: m", kind, -1, true) == 0 && borrow_buffer(&v, v_value, "adamw_step: v", kind, -1, true) == 0 &&
-        model_enter(model) == 0) {
+    if (ranges && borrow_buffer(&m, m_value, "adamw_step: m", kind, -1, true) == 0 &&
+        borrow_buffer(&v, v_value, "adamw_step: v", kind, -1, true) == 0 && model_enter(model) == 0) {
         Py_ssize_t n = (Py_ssize_t)stv_model_n_trainable(model->model);
         if (check_size("adamw_step: m", n, m.len / m.itemsize) == 0 && check_size("adamw_step: v", n, v.len / v.itemsize) == 0) {
             stv_status status;
@@ -229,13 +239,12 @@ static PyObject *adamw_step(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(grad_norm_doc,
-             "grad_norm(model, ranges)\n--\n\n"
-             "Square root of the sum of squares of the gradients inside the ranges, in float64; NaN and infinity show through.\n\n"
-             "Args:\n"
-             "    model: Model. ranges: as in adamw_step; lr and weight_decay are not looked at.\n\n"
-             "Raises:\n"
-             "    ValueError, TypeError: what does not fit.");
+PyDoc_STRVAR(grad_norm_doc, "grad_norm(model, ranges)\n--\n\n"
+                            "Square root of the sum of squares of the gradients inside the ranges, in float64; NaN and infinity show through.\n\n"
+                            "Args:\n"
+                            "    model: Model. ranges: as in adamw_step; lr and weight_decay are not looked at.\n\n"
+                            "Raises:\n"
+                            "    ValueError, TypeError: what does not fit.");
 
 static PyObject *grad_norm(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -259,21 +268,21 @@ static PyObject *grad_norm(PyObject *module, PyObject *args, PyObject *kwargs)
     return result;
 }
 
-PyDoc_STRVAR(schedule_doc,
-             "schedule(kind, step, warmup, total, floor=0.0)\n--\n\n"
-             "Multiplier of the learning rate at an update: step / warmup while warming up, then the curve down to floor at total.\n\n"
-             "Args:\n"
-             "    kind: \"constant\", \"linear\" or \"cosine\".\n"
-             "    step: int >= 0, number of the update. warmup, total: int, updates.\n"
-             "    floor: float, the multiplier at the end.\n\n"
-             "Raises:\n"
-             "    ValueError: an unknown kind, or a negative number.");
+PyDoc_STRVAR(schedule_doc, "schedule(kind, step, warmup, total, floor=0.0)\n--\n\n"
+                           "Multiplier of the learning rate at an update: step / warmup while warming up, then the curve down to floor at total.\n\n"
+                           "Args:\n"
+                           "    kind: \"constant\", \"linear\" or \"cosine\".\n"
+                           "    step: int >= 0, number of the update. warmup, total: int, updates.\n"
+                           "    floor: float, the multiplier at the end.\n\n"
+                           "Raises:\n"
+                           "    ValueError: an unknown kind, or a negative number.");
 
 static PyObject *schedule(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
     static char *names[] = {"kind", "step", "warmup", "total", "floor", NULL};
-    static const char *const kinds[] = {[STV_SCHEDULE_CONSTANT] = "constant", [STV_SCHEDULE_LINEAR] = "linear", [STV_SCHEDULE_COSINE] = "cosine", NULL};
+    static const char *const kinds[] = {
+        [STV_SCHEDULE_CONSTANT] = "constant", [STV_SCHEDULE_LINEAR] = "linear", [STV_SCHEDULE_COSINE] = "cosine", NULL};
     PyObject *kind_value;
     long long step, warmup, total;
     double floor = 0;
@@ -303,7 +312,8 @@ static PyObject *sampling_probabilities(PyObject *module, PyObject *args, PyObje
 {
     static char *names[] = {"logits", "temperature", "top_k", "top_p", NULL};
     PyObject *logits_value, *values[3] = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOO:sampling_probabilities", names, &logits_value, &values[0], &values[1], &values[2])) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$OOO:sampling_probabilities", names, &logits_value, &values[0], &values[1], &values[2]))
+        return NULL;
     for (int i = 0; i < 3; i++)
         if (check_given(values[i], "sampling_probabilities", names[i + 1]) < 0) return NULL;
     stv_sampling sampling = {.temperature = PyFloat_AsDouble(values[0])};

@@ -45,7 +45,8 @@ static check_buffer *check_buffers;
     check_mrel((what), (got), CHECK_SIZE(got), (want), CHECK_SIZE(want), (n), (tolerance), __FILE__, __LINE__)
 #define CHECK_SAME_BITS(what, a, b, size_bytes) check_same_bits((what), (a), (b), (size_bytes), __FILE__, __LINE__)
 
-#define CHECK_SIZE(p) _Generic((p), float *: sizeof(float), const float *: sizeof(float), double *: sizeof(double), const double *: sizeof(double))
+#define CHECK_SIZE(p) \
+    _Generic((p), float * : sizeof(float), const float * : sizeof(float), double * : sizeof(double), const double * : sizeof(double))
 
 static inline bool check_report(bool ok, const char *file, int line)
 {
@@ -165,7 +166,7 @@ static inline void check_fill_f64(double *p, int64_t n, uint64_t seed)
     for (int64_t i = 0; i < n; i++) p[i] = check_random(seed, (uint64_t)i);
 }
 
-#define check_fill(p, n, seed) _Generic((p), float *: check_fill_f32, double *: check_fill_f64)((p), (n), (seed))
+#define check_fill(p, n, seed) _Generic((p), float * : check_fill_f32, double * : check_fill_f64)((p), (n), (seed))
 
 /* ---- gradients ----------------------------------------------------------------------------------------------------------- */
 

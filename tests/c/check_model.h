@@ -29,12 +29,30 @@ enum { TINY_IMAGE = 8, TINY_VOCAB = 31, TINY_T = 4, TINY_D = 12, TINY_E = 8 };
 static inline stv_model_config tiny_config(void)
 {
     return (stv_model_config){
-        .has_vision = true, .has_projector = true, .has_decoder = true,
-        .vision = {.image_size = TINY_IMAGE, .patch_size = 4, .hidden_size = TINY_E, .n_layers = 3, .n_heads = 2, .intermediate_size = 12,
-                   .activation = 1, .layer_norm_eps = 1e-5, .select_layer = -2},
+        .has_vision = true,
+        .has_projector = true,
+        .has_decoder = true,
+        .vision = {.image_size = TINY_IMAGE,
+                   .patch_size = 4,
+                   .hidden_size = TINY_E,
+                   .n_layers = 3,
+                   .n_heads = 2,
+                   .intermediate_size = 12,
+                   .activation = 1,
+                   .layer_norm_eps = 1e-5,
+                   .select_layer = -2},
         .projector = {.kind = STV_PROJECTOR_CLUSTER, .in_size = TINY_E, .out_size = TINY_D, .n_centers = 3, .n_rounds = 2},
-        .decoder = {.vocab_size = TINY_VOCAB, .hidden_size = TINY_D, .n_layers = 2, .n_heads = 4, .n_kv_heads = 2, .head_dim = 4,
-                    .intermediate_size = 20, .rms_norm_eps = 1e-5, .rope_theta = 100, .sliding_window = 7, .tie_word_embeddings = true},
+        .decoder = {.vocab_size = TINY_VOCAB,
+                    .hidden_size = TINY_D,
+                    .n_layers = 2,
+                    .n_heads = 4,
+                    .n_kv_heads = 2,
+                    .head_dim = 4,
+                    .intermediate_size = 20,
+                    .rms_norm_eps = 1e-5,
+                    .rope_theta = 100,
+                    .sliding_window = 7,
+                    .tie_word_embeddings = true},
     };
 }
 
@@ -100,8 +118,15 @@ static const int32_t tree_image[] = {0, 1, 1, 0};
 
 static inline stv_batch_spec tree_spec(void)
 {
-    return (stv_batch_spec){.n_segments = 7, .parent = tree_parent, .begin = tree_begin, .ids = tree_ids, .labels = tree_labels,
-                            .sample = tree_sample, .n_image_refs = 4, .image = tree_image, .n_images = 2};
+    return (stv_batch_spec){.n_segments = 7,
+                            .parent = tree_parent,
+                            .begin = tree_begin,
+                            .ids = tree_ids,
+                            .labels = tree_labels,
+                            .sample = tree_sample,
+                            .n_image_refs = 4,
+                            .image = tree_image,
+                            .n_images = 2};
 }
 
 /* The same sequences, one tree each. */
@@ -113,8 +138,15 @@ static inline stv_batch_spec flat_spec(void)
     static const int32_t labels[] = {N, N, 7, N, 9, 4, 11, 2, N, N, 7, N, 9, 6, N, N, 7, N, 8, N, N, 2, 3, 4, N, 3, N, N, 30};
     static const uint64_t sample[] = {40, 40, 40, 41, 42};
     static const int32_t image[] = {0, 0, 0, 1, 1, 0};
-    return (stv_batch_spec){.n_segments = 5, .parent = parent, .begin = begin, .ids = ids, .labels = labels, .sample = sample, .n_image_refs = 6,
-                            .image = image, .n_images = 2};
+    return (stv_batch_spec){.n_segments = 5,
+                            .parent = parent,
+                            .begin = begin,
+                            .ids = ids,
+                            .labels = labels,
+                            .sample = sample,
+                            .n_image_refs = 6,
+                            .image = image,
+                            .n_images = 2};
 }
 
 static inline real *tiny_pixels(int64_t n_images) { return check_random_reals(n_images * 3 * TINY_IMAGE * TINY_IMAGE, 77); }
@@ -139,8 +171,11 @@ static inline tiny tiny_open(const stv_model_config *config, const stv_batch_spe
     tiny_train(t.model, NULL);
     CHECK_OK(stv_batch_create(&t.batch, t.model, spec));
     CHECK_OK(stv_run_create(&t.run, t.model));
-    t.options = (stv_forward_options){.pixels = spec->n_images ? tiny_pixels(spec->n_images) : NULL, .n_images = spec->n_images, .adapters = true,
-                                      .train = true, .vision_grad = true};
+    t.options = (stv_forward_options){.pixels = spec->n_images ? tiny_pixels(spec->n_images) : NULL,
+                                      .n_images = spec->n_images,
+                                      .adapters = true,
+                                      .train = true,
+                                      .vision_grad = true};
     t.n_targets = stv_batch_get(t.batch).n_targets;
     t.weight = check_new((size_t)t.n_targets * sizeof(double));
     check_fill(t.weight, t.n_targets, 5);
@@ -155,10 +190,7 @@ static inline void tiny_close(tiny *t)
     stv_context_free(t->context);
 }
 
-static inline const double *tiny_forward(tiny *t)
-{
-    return CHECK_OK(stv_run_forward(t->run, t->batch, &t->options)) ? stv_run_logp(t->run) : NULL;
-}
+static inline const double *tiny_forward(tiny *t) { return CHECK_OK(stv_run_forward(t->run, t->batch, &t->options)) ? stv_run_logp(t->run) : NULL; }
 
 static inline double tiny_loss(void *context)
 {

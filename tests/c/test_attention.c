@@ -17,8 +17,7 @@ typedef struct run {
     real *q, *k, *v, *out, *lse, *dout, *dq, *dk, *dv;
 } run;
 
-static run new_run(const segment *segments, int64_t n_segments, const int64_t *group_begin, int64_t n_groups, int64_t n_rows,
-                   stv_attn_shape shape)
+static run new_run(const segment *segments, int64_t n_segments, const int64_t *group_begin, int64_t n_groups, int64_t n_rows, stv_attn_shape shape)
 {
     stv_attn_segment *laid = check_new((size_t)n_segments * sizeof *laid);
     stv_span *spans = check_new((size_t)n_segments * 6 * sizeof *spans);
@@ -319,8 +318,8 @@ static void cache(void)
 static void threads(void)
 {
     /* Large enough that the pool is used. */
-    static const segment big[] = {{0, 100, 1, {{0, 100}}}, {100, 80, 2, {{0, 100}, {100, 80}}}, {180, 70, 2, {{0, 100}, {180, 70}}},
-                                  {250, 90, 1, {{250, 90}}}};
+    static const segment big[] = {
+        {0, 100, 1, {{0, 100}}}, {100, 80, 2, {{0, 100}, {100, 80}}}, {180, 70, 2, {{0, 100}, {180, 70}}}, {250, 90, 1, {{250, 90}}}};
     static const int64_t groups[] = {0, 3, 4};
     stv_attn_shape shape = {6, 3, 24};
     run one = new_run(big, 4, groups, 2, 340, shape);
@@ -390,7 +389,8 @@ static void check_kernel(const char *name, const stv_attn_kernel *kernel)
     /* In place and rearranged must agree bit for bit. */
     enum { KEYS = 37, DIM = 21 };
     real *q = check_random_reals(DIM, 1), *k = check_random_reals(KEYS * DIM, 2), *k_transposed = check_reals(DIM * 64);
-    real *s = check_reals(KEYS), *s_product = check_reals(64), *out = check_reals(DIM), *out_product = check_reals(64), *k_padded = check_reals(KEYS * 48);
+    real *s = check_reals(KEYS), *s_product = check_reals(64), *out = check_reals(DIM), *out_product = check_reals(64),
+         *k_padded = check_reals(KEYS * 48);
     for (int64_t j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < DIM; d++) k_transposed[d * 64 + j] = k_padded[j * 48 + d] = k[j * DIM + d];
     kernel->scores(s, q, k, DIM, KEYS, DIM);
@@ -412,8 +412,8 @@ static void kernels(void)
 }
 
 static const check_case cases[] = {
-    {"plain", plain},         {"trees", trees}, {"cut spans", cut_spans}, {"shared prefix", shared_prefix}, {"cache", cache},
-    {"threads", threads},     {"extremes", extremes}, {"kernels", kernels},
+    {"plain", plain},         {"trees", trees},     {"cut spans", cut_spans}, {"shared prefix", shared_prefix},
+    {"cache", cache},         {"threads", threads}, {"extremes", extremes},   {"kernels", kernels},
 #if STV_REAL_BITS == 64
     {"gradients", gradients},
 #endif

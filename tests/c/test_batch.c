@@ -123,16 +123,16 @@ static void hostile_input_is_refused(void)
     open_model(tiny_config());
     int32_t parent[7], ids[21], labels[21], image[4];
     int64_t begin[8];
-#define BAD(change, code, part)                                                    \
-    do {                                                                           \
-        stv_batch_spec s = tree_spec();                                            \
+#define BAD(change, code, part) \
+    do { \
+        stv_batch_spec s = tree_spec(); \
         memcpy(parent, s.parent, sizeof parent), memcpy(begin, s.begin, sizeof begin); \
-        memcpy(ids, s.ids, sizeof ids), memcpy(labels, s.labels, sizeof labels);   \
-        memcpy(image, s.image, sizeof image);                                      \
+        memcpy(ids, s.ids, sizeof ids), memcpy(labels, s.labels, sizeof labels); \
+        memcpy(image, s.image, sizeof image); \
         s.parent = parent, s.begin = begin, s.ids = ids, s.labels = labels, s.image = image; \
-        change;                                                                    \
-        CHECK_ERROR(stv_batch_create(&batch, model, &s), (code), (part));          \
-        CHECK(batch == NULL);                                                      \
+        change; \
+        CHECK_ERROR(stv_batch_create(&batch, model, &s), (code), (part)); \
+        CHECK(batch == NULL); \
     } while (0)
     BAD(s.n_segments = 0, STV_ERR_ARGUMENT, "0 segments");
     BAD(s.parent = NULL, STV_ERR_ARGUMENT, "parent");

@@ -57,8 +57,8 @@ static real promised(const product *p, int64_t i, int64_t j, real old)
 static const char *const kind_names[] = {"nt", "nn", "tn"};
 
 static const int64_t shapes[][3] = {
-    {1, 1, 1},    {1, 7, 3},     {2, 3, 257},  {5, 16, 8},   {6, 17, 13},  {13, 31, 29},   {14, 32, 256},
-    {15, 33, 64}, {28, 64, 512}, {29, 65, 1},  {31, 8, 300}, {64, 96, 96}, {101, 300, 37}, {113, 41, 523},
+    {1, 1, 1},    {1, 7, 3},     {2, 3, 257}, {5, 16, 8},   {6, 17, 13},  {13, 31, 29},   {14, 32, 256},
+    {15, 33, 64}, {28, 64, 512}, {29, 65, 1}, {31, 8, 300}, {64, 96, 96}, {101, 300, 37}, {113, 41, 523},
 };
 enum { N_SHAPES = sizeof shapes / sizeof *shapes };
 
@@ -69,7 +69,8 @@ static void values_and_order(void)
 {
     for (int i_shape = 0; i_shape < N_SHAPES; i_shape++) {
         for (int variant = 0; variant < 6; variant++) {
-            product p = {.kind = (product_kind)(variant / 2), .add = variant % 2, .M = shapes[i_shape][0], .N = shapes[i_shape][1], .K = shapes[i_shape][2]};
+            product p = {
+                .kind = (product_kind)(variant / 2), .add = variant % 2, .M = shapes[i_shape][0], .N = shapes[i_shape][1], .K = shapes[i_shape][2]};
             int64_t n = p.M * p.N;
             p.a = new_reals(p.M * p.K, 1), p.b = new_reals(p.N * p.K, 2), p.y = new_reals(n, p.add ? 3 : 0);
             real *old = new_reals(n, 3), *ordered = new_reals(n, 0);

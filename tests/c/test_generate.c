@@ -119,8 +119,8 @@ static void seeds_decide_alone(void)
     uint64_t seeds[10], few_seeds[5];
     for (int i = 0; i < 10; i++) seeds[i] = 100 + (uint64_t)i;
     for (int i = 0; i < 5; i++) few_seeds[i] = seeds[2 * i + 1];
-    stv_generate_options options = {.sampling = {.temperature = 1.2, .top_k = 20, .top_p = 0.95}, .n_per_sequence = 2, .max_new_tokens = MAX_NEW,
-                                    .seeds = seeds};
+    stv_generate_options options = {
+        .sampling = {.temperature = 1.2, .top_k = 20, .top_p = 0.95}, .n_per_sequence = 2, .max_new_tokens = MAX_NEW, .seeds = seeds};
     int32_t many[MAX_NEW * 10], few[MAX_NEW * 5];
     stv_generator *generator = open_generator(&t, &options);
     run_to_end(generator, many);
@@ -262,12 +262,12 @@ static void errors_are_named(void)
 {
     tiny t = open_tiny();
     stv_generator *generator;
-#define BAD(change, code, part)                                                                                        \
-    do {                                                                                                               \
-        stv_generate_options o = {.sampling = {.top_p = 1}, .n_per_sequence = 1, .max_new_tokens = 3};                 \
-        change;                                                                                                        \
-        CHECK_ERROR(stv_generator_create(&generator, t.model, t.batch, &t.options, &o), (code), (part));               \
-        CHECK(generator == NULL);                                                                                      \
+#define BAD(change, code, part) \
+    do { \
+        stv_generate_options o = {.sampling = {.top_p = 1}, .n_per_sequence = 1, .max_new_tokens = 3}; \
+        change; \
+        CHECK_ERROR(stv_generator_create(&generator, t.model, t.batch, &t.options, &o), (code), (part)); \
+        CHECK(generator == NULL); \
     } while (0)
     BAD(o.n_per_sequence = 0, STV_ERR_ARGUMENT, "n_per_sequence");
     BAD(o.max_new_tokens = 0, STV_ERR_ARGUMENT, "max_new_tokens");

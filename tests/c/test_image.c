@@ -94,7 +94,8 @@ static builder bmp_2x2(void)
 }
 
 /* a comment, fill bytes, a Huffman table and the frame header of a 300 x 200 picture of 3 components */
-static const uint8_t jpeg_head[] = {0xff, 0xd8, 0xff, 0xfe, 0, 4, 'h', 'i', 0xff, 0xff, 0xff, 0xc4, 0, 3, 0, 0xff, 0xc2, 0, 17, 8, 0, 200, 1, 44, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0};
+static const uint8_t jpeg_head[] = {0xff, 0xd8, 0xff, 0xfe, 0,   4, 'h', 'i', 0xff, 0xff, 0xff, 0xc4, 0,    3, 0, 0xff, 0xc2,
+                                    0,    17,   8,    0,    200, 1, 44,  3,   1,    0x11, 0,    2,    0x11, 0, 3, 0x11, 0};
 
 /* The bytes are copied to the heap so that ASan sees a read past them. */
 static stv_status decode_copy(const uint8_t *bytes, size_t n, uint8_t *rgb, size_t rgb_bytes)
@@ -190,8 +191,8 @@ static void limits_come_before_decoding(void)
     static const struct {
         uint32_t width, height;
         stv_status status;
-    } sizes[] = {{65535, 1, STV_OK},   {1, 65535, STV_OK},   {65536, 1, STV_ERR_UNSUPPORTED}, {1, 65536, STV_ERR_UNSUPPORTED}, {0, 1, STV_ERR_FORMAT},
-                 {1, 0, STV_ERR_FORMAT}, {13377, 13377, STV_OK}, {13378, 13377, STV_ERR_UNSUPPORTED}};
+    } sizes[] = {{65535, 1, STV_OK},     {1, 65535, STV_OK},     {65536, 1, STV_ERR_UNSUPPORTED}, {1, 65536, STV_ERR_UNSUPPORTED},
+                 {0, 1, STV_ERR_FORMAT}, {1, 0, STV_ERR_FORMAT}, {13377, 13377, STV_OK},          {13378, 13377, STV_ERR_UNSUPPORTED}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         builder b = png_start(sizes[i].width, sizes[i].height, 8, 2);
         png_end(&b, lines_2x2, sizeof lines_2x2);
@@ -263,10 +264,12 @@ static stv_image_options options_of(int size_px, bool pad)
 static void pillows_bytes(void)
 {
     /* recorded with Pillow 13.0.0, one direction at a time: resize((4,5)) of the padded, resize((6,3)) of the plain picture, then the other */
-    static const uint8_t padded[48] = {95,  100, 100, 104, 108, 114, 113, 126, 132, 121, 140, 140, 30,  89,  162, 83,  155, 159, 143, 128, 133, 188, 125, 187,
-                                       168, 183, 111, 142, 100, 112, 80,  79,  88,  136, 79,  146, 142, 133, 82,  124, 89,  98,  91,  109, 117, 103, 124, 125};
-    static const uint8_t cropped[48] = {21,  74,  126, 54,  106, 168, 84,  142, 204, 117, 184, 236, 75, 144, 214, 121, 195, 127, 159, 141, 75, 191, 58,  121,
-                                        164, 137, 182, 132, 157, 97,  119, 111, 47,  158, 28,  94,  232, 57, 52,  83,  18,  97,  0,   70,  137, 39, 113, 172};
+    static const uint8_t padded[48] = {95,  100, 100, 104, 108, 114, 113, 126, 132, 121, 140, 140, 30,  89,  162, 83,
+                                       155, 159, 143, 128, 133, 188, 125, 187, 168, 183, 111, 142, 100, 112, 80,  79,
+                                       88,  136, 79,  146, 142, 133, 82,  124, 89,  98,  91,  109, 117, 103, 124, 125};
+    static const uint8_t cropped[48] = {21,  74,  126, 54,  106, 168, 84, 142, 204, 117, 184, 236, 75,  144, 214, 121,
+                                        195, 127, 159, 141, 75,  191, 58, 121, 164, 137, 182, 132, 157, 97,  119, 111,
+                                        47,  158, 28,  94,  232, 57,  52, 83,  18,  97,  0,   70,  137, 39,  113, 172};
     uint8_t rgb[45], *out = check_new(48);
     pattern_5x3(rgb);
     for (int pad = 0; pad < 2; pad++) {
@@ -303,8 +306,18 @@ static void window_of_the_whole(void)
 {
     uint8_t rgb[45], *whole = check_new(11 * 7 * 3), *window = check_new(4 * 3 * 3);
     pattern_5x3(rgb);
-    stv_resize job = {.rgb = rgb, .width_px = 5, .height_px = 3, .canvas_width_px = 8, .canvas_height_px = 9, .left_px = 2, .top_px = 5,
-                      .background = {9, 99, 199}, .resized_width_px = 11, .resized_height_px = 7, .window_width_px = 11, .window_height_px = 7};
+    stv_resize job = {.rgb = rgb,
+                      .width_px = 5,
+                      .height_px = 3,
+                      .canvas_width_px = 8,
+                      .canvas_height_px = 9,
+                      .left_px = 2,
+                      .top_px = 5,
+                      .background = {9, 99, 199},
+                      .resized_width_px = 11,
+                      .resized_height_px = 7,
+                      .window_width_px = 11,
+                      .window_height_px = 7};
     CHECK_INT(stv_image_resize(&job, collect_row, whole), STV_OK);
     job.window_left_px = 6;
     job.window_top_px = 2;

@@ -32,10 +32,7 @@ static run new_run(shape s)
     return r;
 }
 
-static stv_norm norm_of(const run *r)
-{
-    return (stv_norm){r->weight, r->bias, r->frozen ? NULL : r->dweight, r->frozen ? NULL : r->dbias, 1e-5};
-}
+static stv_norm norm_of(const run *r) { return (stv_norm){r->weight, r->bias, r->frozen ? NULL : r->dweight, r->frozen ? NULL : r->dbias, 1e-5}; }
 
 static void forward(stv_exec *x, void *context)
 {
@@ -171,9 +168,7 @@ static const check_case cases[] = {
 #if STV_REAL_BITS == 64
     {"gradients", gradients},
 #endif
-    {"frozen", frozen},
-    {"threads", threads},
-    {"extremes", extremes},
+    {"frozen", frozen},       {"threads", threads}, {"extremes", extremes},
 };
 
 int main(int argc, char **argv) { return CHECK_RUN(cases); }

@@ -39,8 +39,14 @@ static layer make_layer(setup s)
     l.lin = (stv_linear){.weight = l.weight, .bias = s.bias ? l.bias : NULL, .n_in = s.K, .n_out = s.N};
     l.lin.dweight = new_zeros(s.N * s.K), l.lin.dbias = s.bias ? new_zeros(s.N) : NULL;
     if (s.rank)
-        l.lin.lora = (stv_lora){.a = l.a, .b = l.b, .da = new_zeros(s.rank * s.K), .db = new_zeros(s.N * s.rank), .rank = s.rank,
-                                .scale = STV_REAL(0.75), .dropout = 0.3f, .module_id = 17};
+        l.lin.lora = (stv_lora){.a = l.a,
+                                .b = l.b,
+                                .da = new_zeros(s.rank * s.K),
+                                .db = new_zeros(s.N * s.rank),
+                                .rank = s.rank,
+                                .scale = STV_REAL(0.75),
+                                .dropout = 0.3f,
+                                .module_id = 17};
     l.sample = check_new((size_t)s.rows * sizeof *l.sample), l.position = check_new((size_t)s.rows * sizeof *l.position);
     for (int64_t i = 0; i < s.rows; i++) l.sample[i] = (uint64_t)i / 3, l.position[i] = (int32_t)(i % 3);
     l.dropout = (stv_dropout){.seed = 99, .step = 7, .row_sample = l.sample, .row_position = l.position};
@@ -94,7 +100,7 @@ static real *mask_of(const layer *l)
 }
 
 static const setup setups[] = {
-    {1, 1, 1, 0, false, false},  {1, 1, 1, 1, true, true},    {5, 7, 3, 0, true, false},   {13, 17, 11, 2, false, false},
+    {1, 1, 1, 0, false, false},  {1, 1, 1, 1, true, true},    {5, 7, 3, 0, true, false},    {13, 17, 11, 2, false, false},
     {13, 17, 11, 2, true, true}, {33, 64, 48, 8, true, true}, {70, 41, 130, 5, true, true}, {3, 300, 5, 4, false, true},
 };
 enum { N_SETUPS = sizeof setups / sizeof *setups };

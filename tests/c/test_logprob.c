@@ -24,9 +24,18 @@ static run new_run(int64_t n_rows, int64_t D, int64_t V)
         if (t % 4 == 3) token[t] = token[t - 1];
         if (t == 0) token[t] = (int32_t)(V - 1);
     }
-    run r = {{n_rows, n, row_begin, order, token}, D, V, check_random_reals(n_rows * D, 1), check_random_reals(V * D, 2), check_reals(n_rows * D),
-             check_random_reals(V * D, 3), check_new((size_t)n * sizeof(double)), check_new((size_t)n_rows * sizeof(double)),
-             check_new((size_t)n * sizeof(double)), check_new((size_t)n_rows * sizeof(double)), false};
+    run r = {{n_rows, n, row_begin, order, token},
+             D,
+             V,
+             check_random_reals(n_rows * D, 1),
+             check_random_reals(V * D, 2),
+             check_reals(n_rows * D),
+             check_random_reals(V * D, 3),
+             check_new((size_t)n * sizeof(double)),
+             check_new((size_t)n_rows * sizeof(double)),
+             check_new((size_t)n * sizeof(double)),
+             check_new((size_t)n_rows * sizeof(double)),
+             false};
     check_fill(r.dlogp, n, 4);
     return r;
 }
@@ -58,7 +67,8 @@ static exact naive(const run *r)
     const stv_targets *targets = &r->targets;
     int64_t D = r->D, V = r->V, n_rows = targets->n_rows;
     exact e = {check_new((size_t)targets->n_targets * sizeof(double)), check_new((size_t)n_rows * sizeof(double)),
-               check_new((size_t)(n_rows * D) * sizeof(double)), check_new((size_t)(V * D) * sizeof(double)), check_new((size_t)n_rows * sizeof(double))};
+               check_new((size_t)(n_rows * D) * sizeof(double)), check_new((size_t)(V * D) * sizeof(double)),
+               check_new((size_t)n_rows * sizeof(double))};
     double *logit = check_new((size_t)V * sizeof *logit);
     for (int64_t i = 0; i < V * D; i++) e.dw[i] = (double)r->dw[i];
     for (int64_t i = 0; i < n_rows; i++) {
@@ -216,10 +226,7 @@ static const check_case cases[] = {
 #if STV_REAL_BITS == 64
     {"gradients", gradients},
 #endif
-    {"frozen", frozen},
-    {"batch invariance", batch_invariance},
-    {"threads", threads},
-    {"extremes", extremes},
+    {"frozen", frozen},       {"batch invariance", batch_invariance}, {"threads", threads}, {"extremes", extremes},
 };
 
 int main(int argc, char **argv) { return CHECK_RUN(cases); }

@@ -126,8 +126,15 @@ static void sample_alone_equals_sample_in_batch(void)
     stv_batch_spec spec = tree_spec();
     int32_t parent = -1, image[] = {0, 1};
     int64_t begin[] = {0, 5};
-    stv_batch_spec alone = {.n_segments = 1, .parent = &parent, .begin = begin, .ids = tree_ids + 16, .labels = tree_labels + 16,
-                            .sample = tree_sample + 6, .n_image_refs = 2, .image = image, .n_images = 2};
+    stv_batch_spec alone = {.n_segments = 1,
+                            .parent = &parent,
+                            .begin = begin,
+                            .ids = tree_ids + 16,
+                            .labels = tree_labels + 16,
+                            .sample = tree_sample + 6,
+                            .n_image_refs = 2,
+                            .image = image,
+                            .n_images = 2};
     tiny a = tiny_open(&config, &spec, 1, 0), b = tiny_open(&config, &alone, 1, 0);
     const real *pixels = a.options.pixels;
     int64_t one = 3 * TINY_IMAGE * TINY_IMAGE;
@@ -190,7 +197,10 @@ static bool is_language_adapter(const stv_tensor_info *info) { return is_adapter
 static bool is_projector(const stv_tensor_info *info) { return strstr(info->name, "mm_projector") != NULL; }
 static bool is_upper_down(const stv_tensor_info *info) { return strstr(info->name, "model.layers.1.mlp.down_proj.lora_A") != NULL; }
 static bool is_head_norm(const stv_tensor_info *info) { return strcmp(info->name, "model.norm.weight") == 0; }
-static bool is_upper_tower(const stv_tensor_info *info) { return strstr(info->name, "layers.1.") && strstr(info->name, "vision_tower") && is_adapter(info); }
+static bool is_upper_tower(const stv_tensor_info *info)
+{
+    return strstr(info->name, "layers.1.") && strstr(info->name, "vision_tower") && is_adapter(info);
+}
 
 /* The gradient of a subset is the part of the whole gradient that belongs to it, however early backward stops. */
 static void subsets_get_the_same_gradient(void)
@@ -225,8 +235,9 @@ static void backward_stops_where_nothing_trains_below(void)
         int64_t vision_lowest, decoder_lowest;
         bool features_grad;
     } table[] = {
-        {NULL, -1, 0, true}, {is_adapter, 0, 0, true}, {is_upper_tower, 1, 0, true}, {is_projector, 2, 0, true},
-        {is_language_adapter, 2, 0, false}, {is_upper_down, 2, 1, false}, {is_head_norm, 2, 2, false},
+        {NULL, -1, 0, true},         {is_adapter, 0, 0, true},           {is_upper_tower, 1, 0, true},
+        {is_projector, 2, 0, true},  {is_language_adapter, 2, 0, false}, {is_upper_down, 2, 1, false},
+        {is_head_norm, 2, 2, false},
     };
     stv_model_config config = tiny_config();
     stv_batch_spec spec = tree_spec();
@@ -519,12 +530,12 @@ static void configurations_are_checked(void)
     stv_context *context;
     stv_model *model;
     CHECK_OK(stv_context_create(&context, 1));
-#define BAD(change, part)                                                                              \
-    do {                                                                                               \
-        stv_model_config c = tiny_config();                                                            \
-        change;                                                                                        \
-        CHECK_ERROR(stv_model_create(&model, context, &c, STV_REAL_DTYPE), STV_ERR_ARGUMENT, (part));  \
-        CHECK(model == NULL);                                                                          \
+#define BAD(change, part) \
+    do { \
+        stv_model_config c = tiny_config(); \
+        change; \
+        CHECK_ERROR(stv_model_create(&model, context, &c, STV_REAL_DTYPE), STV_ERR_ARGUMENT, (part)); \
+        CHECK(model == NULL); \
     } while (0)
     BAD(c.has_vision = c.has_projector = c.has_decoder = false, "no part");
     BAD(c.has_projector = false, "projector");

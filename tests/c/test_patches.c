@@ -11,8 +11,18 @@ typedef struct run {
 static run new_run(int64_t n, int64_t size, int64_t patch, int64_t D)
 {
     int64_t side = size / patch, T = side * side;
-    run r = {n, size, patch, T, D, check_random_reals(n * 3 * size * size, 1), check_reals(n * T * 3 * patch * patch), check_random_reals(n * T * D, 2),
-             check_random_reals(D, 3), check_random_reals((T + 1) * D, 4), check_reals(n * (T + 1) * D), check_random_reals(n * (T + 1) * D, 5),
+    run r = {n,
+             size,
+             patch,
+             T,
+             D,
+             check_random_reals(n * 3 * size * size, 1),
+             check_reals(n * T * 3 * patch * patch),
+             check_random_reals(n * T * D, 2),
+             check_random_reals(D, 3),
+             check_random_reals((T + 1) * D, 4),
+             check_reals(n * (T + 1) * D),
+             check_random_reals(n * (T + 1) * D, 5),
              {check_reals(n * T * D), check_random_reals(D, 6), check_random_reals((T + 1) * D, 7)}};
     return r;
 }

@@ -18,14 +18,20 @@ static double dchosen[N], drejected[N], per_pair[3 * N];
 
 static stv_preference_config config_of(const setting *s)
 {
-    return (stv_preference_config){.n_losses = s->n_losses, .types = s->types, .weights = s->weights, .beta = 0.3,
-                                   .label_smoothing = s->label_smoothing, .discopop_tau = 0.05, .f_divergence = s->divergence,
-                                   .alpha = 0.5, .reference_free = s->reference_free};
+    return (stv_preference_config){.n_losses = s->n_losses,
+                                   .types = s->types,
+                                   .weights = s->weights,
+                                   .beta = 0.3,
+                                   .label_smoothing = s->label_smoothing,
+                                   .discopop_tau = 0.05,
+                                   .f_divergence = s->divergence,
+                                   .alpha = 0.5,
+                                   .reference_free = s->reference_free};
 }
 
 static stv_preference_input input_of(const setting *s)
 {
-    return (stv_preference_input){N, arrays[0], arrays[1], s->reference_free ? NULL : arrays[2], s->reference_free ? NULL : arrays[3],
+    return (stv_preference_input){N,         arrays[0], arrays[1], s->reference_free ? NULL : arrays[2], s->reference_free ? NULL : arrays[3],
                                   arrays[4], arrays[5]};
 }
 
@@ -65,8 +71,7 @@ static void gradient_of(setting s, const char *what)
 static void every_gradient(void)
 {
     for (int type = 0; type < STV_LOSS_COUNT; type++) gradient_of((setting){{type}, {1}, 1, 0, STV_REVERSE_KL, false}, stv_loss_name(type));
-    for (int type = 0; type < STV_LOSS_COUNT; type++)
-        gradient_of((setting){{type}, {1}, 1, 0.1, STV_REVERSE_KL, false}, stv_loss_name(type));
+    for (int type = 0; type < STV_LOSS_COUNT; type++) gradient_of((setting){{type}, {1}, 1, 0.1, STV_REVERSE_KL, false}, stv_loss_name(type));
     for (int f = STV_FORWARD_KL; f <= STV_ALPHA_DIVERGENCE; f++) gradient_of((setting){{STV_LOSS_SIGMOID}, {1}, 1, 0, f, false}, "f-divergence");
     gradient_of((setting){{STV_LOSS_SIGMOID, STV_LOSS_AOT, STV_LOSS_SFT}, {0.7, 0.2, 1.5}, 3, 0.05, STV_REVERSE_KL, false}, "mixture");
     gradient_of((setting){{STV_LOSS_SIGMOID}, {1}, 1, 0, STV_REVERSE_KL, true}, "reference free");

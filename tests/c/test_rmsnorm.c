@@ -17,8 +17,15 @@ typedef struct run {
 static run new_run(shape s)
 {
     int64_t n = s.rows * s.D;
-    run r = {s.rows, s.D, check_random_reals(n, 1), check_random_reals(s.D, 2), check_random_reals(n, 3), check_reals(n), check_reals(s.rows),
-             check_random_reals(n, 4), check_random_reals(s.D, 5)};
+    run r = {s.rows,
+             s.D,
+             check_random_reals(n, 1),
+             check_random_reals(s.D, 2),
+             check_random_reals(n, 3),
+             check_reals(n),
+             check_reals(s.rows),
+             check_random_reals(n, 4),
+             check_random_reals(s.D, 5)};
     return r;
 }
 

@@ -11,8 +11,13 @@ typedef struct run {
 
 static run new_run(int64_t rows, int64_t n_heads, int64_t head_dim)
 {
-    run r = {rows, n_heads, head_dim, check_new((size_t)rows * sizeof(int32_t)), check_reals(rows * head_dim),
-             check_random_reals(rows * n_heads * head_dim, 1), false};
+    run r = {rows,
+             n_heads,
+             head_dim,
+             check_new((size_t)rows * sizeof(int32_t)),
+             check_reals(rows * head_dim),
+             check_random_reals(rows * n_heads * head_dim, 1),
+             false};
     for (int64_t i = 0; i < rows; i++) r.position[i] = (int32_t)(i * 37 % 4096);
     return r;
 }

@@ -16,8 +16,16 @@ typedef struct run {
 /* n rows of D; tables of 11 rows. */
 static run new_run(int64_t n, int64_t D)
 {
-    run r = {n, D, check_random_reals(11 * D, 1), check_random_reals(n * D, 2), check_random_reals(11 * D, 3), check_random_reals(11 * D, 4),
-             check_random_reals(11 * D, 5), check_new((size_t)n * sizeof(int64_t)), check_new((size_t)n * sizeof(int32_t)), false};
+    run r = {n,
+             D,
+             check_random_reals(11 * D, 1),
+             check_random_reals(n * D, 2),
+             check_random_reals(11 * D, 3),
+             check_random_reals(11 * D, 4),
+             check_random_reals(11 * D, 5),
+             check_new((size_t)n * sizeof(int64_t)),
+             check_new((size_t)n * sizeof(int32_t)),
+             false};
     for (int64_t i = 0; i < n; i++) {
         r.index[i] = i * i % 11;
         r.token[i] = (int32_t)(i * 7 % 11);
@@ -43,8 +51,7 @@ static void elementwise(void)
             real *a = check_copy_reals(r.a, n);
             check_exec(n_threads, elementwise_exec, &r);
             bool right = true;
-            for (int64_t i = 0; i < n; i++)
-                right &= r.y[i] == 0 && r.b[i] == a[i] && r.features[i] == a[i] + a[i] && r.a[i] == r.features[i];
+            for (int64_t i = 0; i < n; i++) right &= r.y[i] == 0 && r.b[i] == a[i] && r.features[i] == a[i] + a[i] && r.a[i] == r.features[i];
             CHECK(right);
         }
 }
@@ -154,7 +161,6 @@ static void splice(void)
         }
 }
 
-static const check_case cases[] = {
-    {"elementwise", elementwise}, {"gather, scatter", gather_scatter}, {"all finite", all_finite}, {"splice", splice}};
+static const check_case cases[] = {{"elementwise", elementwise}, {"gather, scatter", gather_scatter}, {"all finite", all_finite}, {"splice", splice}};
 
 int main(int argc, char **argv) { return CHECK_RUN(cases); }

@@ -40,7 +40,8 @@ static void equals_literal(void)
         for (uint64_t seed = 0; seed < 20; seed++) {
             check_fill(logits, V, seed);
             for (int i = 0; i < V; i++) logits[i] *= 4;
-            if (seed % 2) for (int i = 0; i < V; i++) logits[i] = round(logits[i]); /* many ties */
+            if (seed % 2)
+                for (int i = 0; i < V; i++) logits[i] = round(logits[i]); /* many ties */
             CHECK(stv_sampling_probabilities(got, logits, V, &settings[k]) == STV_OK);
             literal(want, logits, settings[k]);
             CHECK_MREL("probabilities", got, want, V, 1e-12);
