@@ -103,6 +103,41 @@ def test_resume_is_bit_identical(tmp_path, pictures, kind, dropout):
     assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (tmp_path / "broken" / "log.jsonl").read_bytes()
 
 
+def test_a_resume_between_two_log_lines_logs_the_whole_window(tmp_path, pictures):
+    def train(folder, stop=0, resume=None):
+        model = with_adapters()
+        trainer = SFTTrainer(model, sft_args(folder, max_steps=7, save_strategy="steps", save_steps=2, logging_steps=3, dataloader_num_workers=0),
+                             sft_data(model, pictures))
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == stop
+        trainer.callbacks.append(Stop())
+        return trainer.train(resume_from_checkpoint=resume)
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "broken", stop=5)
+    assert train(tmp_path / "broken", resume=True).training_loss == whole.training_loss
+    assert (tmp_path / "whole" / "log.jsonl").read_bytes() == (tmp_path / "broken" / "log.jsonl").read_bytes()
+
+
+def test_a_resumed_run_may_miss_the_updates_in_which_a_tensor_trained(tmp_path, pictures):
+    """The projector trains in updates 0 to 2; the guard's patience ends after update 4, and a run resumed at 3 saw only text."""
+    folder, names = pictures
+    text = sft_records(names)[-1]
+    records = [*sft_records(names)[:3], text, {**text, "id": "text 2"}, {**text, "id": "text 3"}]
+
+    def trainer(**kw):
+        model = tiny_model()
+        args = sft_args(tmp_path / "out", per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=6, shuffle=False, save_strategy="steps",
+                        save_steps=3, **kw)
+        return SFTTrainer(model, args, sft_data(model, pictures, records), trainable=["model.norm.weight", "model.mm_projector.f.weight"])
+
+    trainer().train()
+    (tmp_path / "out" / "checkpoint-6" / "manifest.json").unlink()
+    assert trainer().train(resume_from_checkpoint=True).global_step == 6
+
+
 def test_resume_refuses_another_runs_checkpoint(tmp_path, pictures):
     model = with_adapters()
     SFTTrainer(model, sft_args(tmp_path, save_strategy="steps", save_steps=3), sft_data(model, pictures)).train()

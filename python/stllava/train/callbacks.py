@@ -10,7 +10,7 @@ __all__ = ["TrainerCallback", "TrainerControl", "TrainerState"]
 
 @dataclass(slots=True)
 class TrainerState:
-    """Where the run is; saved as trainer_state.json."""
+    """Where the run is; saved as trainer_state.json. `window`: numbers of the updates since the last log line; `total_loss`: sum over all updates."""
 
     max_steps: int = 0
     global_step: int = 0
@@ -18,6 +18,8 @@ class TrainerState:
     num_train_epochs: float = 0.0
     log_history: list[dict[str, Any]] = field(default_factory=list)
     best_metric: float | None = None
+    window: list[dict[str, Any]] = field(default_factory=list)
+    total_loss: float = 0.0
 
 
 @dataclass(slots=True)

@@ -29,7 +29,8 @@ __all__ = ["Trainer", "TrainOutput"]
 
 @dataclass(slots=True)
 class TrainOutput:
-    """`metrics`: train_runtime (s), train_samples_per_second, train_steps_per_second, train_loss (mean over updates)."""
+    """`metrics`: train_runtime (s), train_samples_per_second, train_steps_per_second, train_loss. `training_loss`:
+    mean over all updates of the run, those before a resume included."""
 
     global_step: int
     training_loss: float
@@ -84,7 +85,6 @@ class Trainer:
         args, state, started = self.args, self.state, time.monotonic()
         output_dir = Path(args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        guard = TrainingGuard(self.model, allow=args.allow_untrained)
         self.before_training()
         resume = resume_from_checkpoint or args.resume_from_checkpoint
         if resume:
@@ -92,9 +92,8 @@ class Trainer:
         log_file = output_dir / "log.jsonl"
         atomic.write_bytes(log_file, "".join(_line(row) for row in state.log_history).encode())  # rows after the checkpoint go
         first = state.global_step
+        guard = TrainingGuard(self.model, allow=args.allow_untrained or first > 0)  # it has to see the first updates
         self._call("on_train_begin")
-        window: list[dict[str, Any]] = []
-        losses: list[float] = []
         n_items = 0
         with tqdm(total=self.plan.total_steps, initial=first, disable=args.disable_tqdm, desc=type(self).__name__.removesuffix("Trainer"),
                   unit="step", dynamic_ncols=True) as bar, open(log_file, "a", encoding="utf-8") as log:
@@ -104,22 +103,21 @@ class Trainer:
                 state.global_step, state.epoch = step + 1, round(self.plan.epoch_of(step + 1), 4)
                 bar.update()
                 if entry is not None:
-                    window.append(entry)
-                    losses.append(entry["loss"])
+                    state.window.append(entry)
+                    state.total_loss += entry["loss"]
                     bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-                if window and (state.global_step % args.logging_steps == 0 or state.global_step == self.plan.total_steps):
-                    self._log(window, log)
-                    window = []
+                if state.window and (state.global_step % args.logging_steps == 0 or state.global_step == self.plan.total_steps):
+                    self._log(log)
                 self._after_step(log)
                 if self.control.should_training_stop:
                     break
         updates = self.updater.n_updates
         if self.updater.groups.order:
-            guard.at_end(updates if first == 0 else 0)
+            guard.at_end(updates)
         self._call("on_train_end")
         seconds = time.monotonic() - started
         done = state.global_step - first
-        mean = sum(losses) / len(losses) if losses else float("nan")
+        mean = state.total_loss / updates if updates else float("nan")
         return TrainOutput(state.global_step, mean, {
             "train_runtime": seconds, "train_samples_per_second": n_items / seconds, "train_steps_per_second": done / seconds, "train_loss": mean})
 
@@ -156,8 +154,9 @@ class Trainer:
             self.updater.n_skipped += 1
             return None
 
-    def _log(self, window: list[dict[str, Any]], log: Any) -> None:
+    def _log(self, log: Any) -> None:
         """Means over the window for numbers of the loss, the last value for rates."""
+        window, self.state.window = self.state.window, []
         last = window[-1]
         entry = {key: sum(row[key] for row in window) / len(window) for key in last
                  if key not in ("micro_batch_losses", "lr_groups", "learning_rate")}
