@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from stllava.checkpoint import atomic
+from stllava.checkpoint.lock import run_lock
 from stllava.errors import NumericsError
 from stllava.model import LlavaModel
 
@@ -82,9 +83,14 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Raises LockedError if another run writes into the output directory."""
+        with run_lock(atomic.make_directory(self.args.output_dir)):
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         args, state, started = self.args, self.state, time.monotonic()
         output_dir = Path(args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        atomic.recover(output_dir)
         self.before_training()
         resume = resume_from_checkpoint or args.resume_from_checkpoint
         if resume:
@@ -96,7 +102,7 @@ class Trainer:
         self._call("on_train_begin")
         n_items = 0
         with tqdm(total=self.plan.total_steps, initial=first, disable=args.disable_tqdm, desc=type(self).__name__.removesuffix("Trainer"),
-                  unit="step", dynamic_ncols=True) as bar, open(log_file, "a", encoding="utf-8") as log:
+                  unit="step", dynamic_ncols=True) as bar, atomic.appending(log_file) as log:
             for step, micros in self._updates(first):
                 entry = self._update(step, micros, guard)
                 n_items += sum(len(micro.items) for micro in micros)
@@ -167,7 +173,6 @@ class Trainer:
     def _record(self, entry: dict[str, Any], log: Any) -> None:
         self.state.log_history.append(entry)
         log.write(_line(entry))
-        log.flush()
 
     def _after_step(self, log: Any) -> None:
         args, state = self.args, self.state
@@ -179,8 +184,7 @@ class Trainer:
             metrics = self.evaluate()
             self._record({**metrics, "epoch": state.epoch, "step": state.global_step}, log)
         if self.control.should_save:
-            save_checkpoint(Path(args.output_dir), self.updater, state, self.plan)
-            rotate(Path(args.output_dir), args.save_total_limit)
+            rotate(save_checkpoint(Path(args.output_dir), self.updater, state, self.plan), args.save_total_limit)
             self._call("on_save")
 
     def _call(self, hook: str, **kwargs: Any) -> None:
@@ -208,7 +212,8 @@ class Trainer:
 
     def save_model(self, output_dir: str | None = None) -> None:
         """The model as `LlavaModel.save_pretrained` writes it."""
-        self.model.save_pretrained(output_dir or self.args.output_dir)
+        with run_lock(atomic.make_directory(output_dir or self.args.output_dir)) as target:
+            self.model.save_pretrained(target)
 
 
 def _line(entry: dict[str, Any]) -> str:

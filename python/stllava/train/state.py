@@ -11,7 +11,6 @@ Updates are a function of (settings, step), so the data cursor is the step numbe
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -91,11 +90,17 @@ def resume_checkpoint(path: Path, updater: Updater, plan: Plan) -> TrainerState:
                         window=ours["window"], total_loss=ours["total_loss"])
 
 
-def rotate(output_dir: Path, keep: int | None) -> None:
-    """Deletes the oldest checkpoints beyond `keep`."""
+def rotate(newest: Path, keep: int | None) -> None:
+    """Deletes the oldest checkpoints before `newest`, which is complete, so that `keep` are left with it. Later ones are of another run and stay."""
     if keep is None:
         return
-    found = sorted((p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()),
-                   key=lambda p: int(p.name.split("-")[1]))
-    for old in found[:-keep]:
-        shutil.rmtree(old)
+    last = _step(newest)
+    older = sorted((p for p in newest.parent.glob("checkpoint-*") if p.is_dir() and 0 <= _step(p) < last), key=_step)
+    for old in older[:max(0, len(older) + 1 - keep)]:
+        atomic.remove_directory(old)
+
+
+def _step(checkpoint: Path) -> int:
+    """N of checkpoint-N; -1 for another name."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
