@@ -60,6 +60,10 @@ stv_build_info stv_get_build_info(void)
 
 uint64_t stv_allocations(void) { return stv_alloc_count(); }
 
+uint64_t stv_allocations_live(void) { return stv_alloc_live(); }
+
+void stv_allocations_fail_at(uint64_t n, bool forever) { stv_alloc_fail_at(n, forever); }
+
 /* ---- model --------------------------------------------------------------------------------------------------------------- */
 
 stv_status stv_model_merge_lora(stv_model *model) { return BY_DTYPE(model, stv_model_merge_lora, model); }

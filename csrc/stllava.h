@@ -43,7 +43,10 @@ typedef struct stv_build_info {
     bool stb_image, cuda, debug, sanitizers;
 } stv_build_info;
 stv_build_info stv_get_build_info(void);
-uint64_t stv_allocations(void); /* core allocations so far; equal before and after a steady step */
+uint64_t stv_allocations(void);      /* core allocations so far; equal before and after a steady step */
+uint64_t stv_allocations_live(void); /* not freed yet */
+/* For tests: the n-th allocation from now (1: the next) fails, and with `forever` all after it; 0: none does. */
+void stv_allocations_fail_at(uint64_t n, bool forever);
 
 /* ---- model --------------------------------------------------------------------------------------------------------------- */
 

@@ -104,6 +104,16 @@ static bool ends(const stv_generator *g, int32_t token)
     return false;
 }
 
+/* Without memory to decode (there are more threads than before, each with scratch of its own) nothing was drawn: the next step draws the same. */
+static stv_status undo_draw(stv_generator *g, const int32_t *tokens, stv_status status)
+{
+    g->n_steps--;
+    for (int64_t i = 0; i < g->n; i++)
+        if (tokens[i] >= 0) g->finished[i] = false;
+    list_active(g);
+    return status;
+}
+
 stv_status STV_TYPED(stv_generator_step)(stv_generator *g, int32_t *tokens, double *logp)
 {
     if (g->layout != g->model->layout) return stv_fail(STV_ERR_STATE, "generator: what trains or is merged has changed since its creation");
@@ -125,7 +135,8 @@ stv_status STV_TYPED(stv_generator_step)(stv_generator *g, int32_t *tokens, doub
     for (int64_t i = 0; i < g->n_active; i++) g->next_token[i] = tokens[g->active[i]];
     if (g->n_active == 0) return STV_OK;
     stv_kv_cache_plan(g->cache, g->active, g->n_active);
-    STV_TRY(in_arena(g, decode));
+    stv_status status = in_arena(g, decode);
+    if (status != STV_OK) return undo_draw(g, tokens, status);
     for (int64_t i = 0; i < g->n_active; i++) g->cache->length[g->active[i]]++;
     return STV_OK;
 }

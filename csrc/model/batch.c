@@ -279,7 +279,8 @@ static stv_status build(stv_batch *batch, builder *b, int64_t window)
     STV_TRY(count(b));
     stv_arena_init_measuring(&arena);
     lay_out(b, &arena);
-    STV_TRY(stv_arena_create(&arena, arena.peak));
+    if (stv_arena_create(&arena, arena.peak) != STV_OK)
+        return stv_fail(STV_ERR_MEMORY, "batch: no memory for %lld rows and %lld targets", (long long)b->n_rows, (long long)b->n_targets);
     lay_out(b, &arena);
     batch->memory = arena;
     fill_rows(b);

@@ -347,13 +347,18 @@ stv_status stv_model_add_lora(stv_model *model, const char *name, int64_t rank, 
     return b.out_of_memory ? stv_fail(STV_ERR_MEMORY, "add_lora: \"%s\": no memory for the table", name) : STV_OK;
 }
 
-stv_status stv_model_unmerge_lora(stv_model *model)
+void stv_params_free_merged(stv_model *model)
 {
-    if (!model->merged) return stv_fail(STV_ERR_STATE, "unmerge_lora: no adapters are merged");
     for (int i = 0; i < model->n_modules; i++) {
         stv_free(model->modules[i].merged);
         model->modules[i].merged = NULL;
     }
+}
+
+stv_status stv_model_unmerge_lora(stv_model *model)
+{
+    if (!model->merged) return stv_fail(STV_ERR_STATE, "unmerge_lora: no adapters are merged");
+    stv_params_free_merged(model);
     model->merged = false;
     model->layout++;
     return STV_OK;

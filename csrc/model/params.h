@@ -92,6 +92,7 @@ struct stv_model {
 /* Errors: state, naming the first tensor of `parts` that a pass needs and nobody bound. */
 stv_status stv_params_check_bound(const stv_model *model, unsigned parts, bool adapters, bool all_vision);
 stv_status stv_params_check_unmerged(const stv_model *model, const char *what);
+void stv_params_free_merged(stv_model *model);
 int64_t stv_params_find_module(const stv_model *model, const char *name); /* -1: no such module */
 
 #endif

@@ -81,7 +81,8 @@ static stv_status merge(real *merged, const stv_model *model, int module)
     stv_arena_init_measuring(&arena);
     stv_exec x = {model->context->pool, &arena};
     stv_linear_merge(&x, merged, &lin);
-    STV_TRY(stv_arena_create(&arena, arena.peak));
+    if (stv_arena_create(&arena, arena.peak) != STV_OK)
+        return stv_fail(STV_ERR_MEMORY, "no memory for scratch to merge the adapter of \"%s\"", model->modules[module].name);
     stv_linear_merge(&x, merged, &lin);
     stv_arena_free(&arena);
     return STV_OK;
@@ -104,10 +105,13 @@ stv_status STV_TYPED(stv_model_merge_lora)(stv_model *model)
         if (status != STV_OK) stv_free(merged);
         else module->merged = merged;
     }
+    if (status != STV_OK) {
+        stv_params_free_merged(model);
+        return status;
+    }
     model->merged = true;
     model->layout++;
-    if (status != STV_OK) stv_model_unmerge_lora(model);
-    return status;
+    return STV_OK;
 }
 
 stv_status STV_TYPED(stv_model_effective_weight)(stv_model *model, const char *name, void *fills)

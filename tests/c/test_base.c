@@ -39,6 +39,22 @@ static void alloc_counts_and_aligns(void)
     CHECK(!stv_size_add(&size, SIZE_MAX, 1));
 }
 
+static void alloc_fails_when_told(void)
+{
+    uint64_t live = stv_alloc_live();
+    for (int forever = 0; forever < 2; forever++) {
+        void *p[4];
+        stv_alloc_fail_at(3, forever);
+        for (int i = 0; i < 4; i++) p[i] = stv_alloc(1);
+        CHECK(p[0] && p[1] && !p[2] && (p[3] == NULL) == (forever == 1));
+        CHECK_INT(stv_alloc_live() - live, forever ? 2 : 3);
+        stv_alloc_fail_at(0, false);
+        CHECK(!p[2] && (p[2] = stv_alloc_zero(1)));
+        for (int i = 0; i < 4; i++) stv_free(p[i]);
+        CHECK_INT(stv_alloc_live(), live);
+    }
+}
+
 static void arena_measures_what_it_needs(void)
 {
     stv_arena measuring, real;
@@ -263,6 +279,7 @@ static void pool_run_allocates_nothing(void)
 static const check_case cases[] = {
     {"status message", status_message},
     {"alloc counts and aligns", alloc_counts_and_aligns},
+    {"alloc fails when told", alloc_fails_when_told},
     {"arena measures what it needs", arena_measures_what_it_needs},
     {"arena too large is refused", arena_too_large_is_refused},
     {"cpu level", cpu_level},
