@@ -234,10 +234,12 @@ def add_pairs(parser: argparse.ArgumentParser) -> None:
 
 def run_pairs(args: argparse.Namespace) -> None:
     from .checkpoint.atomic import write_bytes
+    from .checkpoint.lock import run_lock
     from .selftrain.pairs import PairSettings, build_pairs
     from .data.records import read_jsonl
     pairs, dropped = build_pairs(read_jsonl(args.judged), lambda name: name, PairSettings(**take_fields(args, PairSettings)))
-    write_bytes(Path(args.out), json.dumps(pairs, indent=1).encode())
+    with run_lock(args.out):
+        write_bytes(args.out, json.dumps(pairs, indent=1).encode())
     print(json.dumps({"pairs": len(pairs), "dropped": dropped}))
 
 

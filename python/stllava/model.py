@@ -18,7 +18,7 @@ import numpy as np
 import stllava_c
 
 from .checkpoint import directory, names
-from .checkpoint.atomic import atomic_directory
+from .checkpoint.atomic import atomic_directory, current
 from .checkpoint.peft import LoraConfig
 from .config import LlavaConfig
 from .errors import ConfigError, FormatError
@@ -74,6 +74,7 @@ class LlavaModel:
         Raises:
             FormatError, ConfigError: naming file and key.
         """
+        path, model_base = current(path), None if model_base is None else current(model_base)
         found = directory.read_checkpoint(path, model_base=model_base, vision_tower=vision_tower)
         where = next((Path(p) for p in (path, model_base) if p is not None and (Path(p) / "tokenizer.model").exists()), None)
         tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and (Path(p) / "preprocessor_config.json").exists()),
@@ -94,7 +95,7 @@ class LlavaModel:
         return ImageProcessor(size=config.vision.image_size, aspect=config.image_aspect_ratio)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, format: str = "safetensors", shard_size: int = 5 * 10**9) -> None:
-        """Writes a directory that `from_pretrained` reads back bit for bit; it is complete or not there (see `checkpoint.atomic`).
+        """Writes a directory that `from_pretrained` reads back bit for bit; whatever fails, it is the old one or the new one.
 
         A model with adapters saves adapters, projector and configuration, as LLaVA's LoRA training does, for use with the same base;
         `merge_and_unload` first for a full checkpoint.
@@ -103,7 +104,7 @@ class LlavaModel:
             format: ``"safetensors"`` or ``"bin"`` (torch zip files). shard_size: bytes per file of a full checkpoint.
 
         Raises:
-            OSError: unwritable directory.
+            OSError: disk full, unwritable directory; naming the file and what to do. What `path` held before still loads.
         """
         with atomic_directory(path) as temporary:
             self.write_files(temporary, format=format, shard_size=shard_size)

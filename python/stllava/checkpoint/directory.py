@@ -125,7 +125,7 @@ def _find_base(path: Path, model_base: PathLike | None, has_adapters: bool) -> P
                           "model_base=DIR", path=path)
     if not has_weights(model_base):
         raise FormatError(f"{model_base}: the base must hold full weights, there are none", path=model_base)
-    return Path(model_base)
+    return atomic.current(model_base)
 
 
 def _read_config(path: Path, base: Path) -> LlavaConfig:
@@ -309,6 +309,4 @@ def _check_known(directory: Path, tensors: Mapping[str, np.ndarray], shapes: nam
 
 
 def _prepare(directory: PathLike) -> Path:
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    return atomic.make_directory(directory)

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from stllava.checkpoint import atomic, strict_json
-from stllava.checkpoint.tensor_file import (MAX_RANK, MAX_TENSORS, NUMPY_DTYPES, TensorFile, check_name, dtype_name,
-                                            little_endian, map_file, view)
+from stllava.checkpoint.tensor_file import NUMPY_DTYPES, TensorFile, check_name, dtype_name, is_shape, is_size, little_endian, map_file, view
 from stllava.errors import FormatError
+from stllava.limits import MAX_HEADER_BYTES, MAX_RANK, MAX_STRING_CHARS, MAX_TENSORS
 
-MAX_HEADER_BYTES = 100_000_000
+_ITEMS_PER_TENSOR = 16  # commas and brackets of an entry of rank 8
 _METADATA = "__metadata__"
 _FILE_DTYPES = {name.upper(): name for name in NUMPY_DTYPES}
 
@@ -67,12 +67,12 @@ def _read_header(buffer: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
     data = buffer[8:8 + n_header]
     if data[:1] != b"{":
         raise FormatError(f"{path}: header starts with {data[:1]!r}, want b'{{'; not a safetensors file", path=path)
-    return strict_json.parse_object(data, path, "safetensors header"), 8 + n_header
+    return strict_json.parse_object(data, path, "safetensors header", _ITEMS_PER_TENSOR * MAX_TENSORS), 8 + n_header
 
 
 def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{path}: {_METADATA} must map strings to strings", path=path, field=_METADATA)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) and len(value) <= MAX_STRING_CHARS for value in metadata.values()):
+        raise FormatError(f"{path}: {_METADATA} must map strings to strings of at most {MAX_STRING_CHARS} characters", path=path, field=_METADATA)
     return metadata
 
 
@@ -90,8 +90,8 @@ def _check_entry(name: str, entry: Any, n_data: int, path: Path) -> tuple[int, i
         raise fail(f"dtype {entry['dtype']!r} is not supported; supported: {', '.join(_FILE_DTYPES)}")
     dtype = NUMPY_DTYPES[kind]
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _is_sizes(shape) or len(shape) > MAX_RANK:
-        raise fail(f"shape {str(shape)[:80]}: want at most {MAX_RANK} non-negative integers")
+    if not _is_sizes(shape) or not is_shape(shape):
+        raise fail(f"shape {str(shape)[:80]}: want at most {MAX_RANK} non-negative integers of a possible size")
     if not _is_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= n_data:
         raise fail(f"data_offsets {str(offsets)[:80]}: want [begin, end] with begin <= end <= {n_data}, the bytes of data "
                    "in the file; truncated file?")
@@ -103,7 +103,7 @@ def _check_entry(name: str, entry: Any, n_data: int, path: Path) -> tuple[int, i
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return isinstance(value, list) and all(map(is_size, value))
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
@@ -126,7 +126,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
         offset += array.nbytes
     text = strict_json.dump_compact(header)
     text += b" " * (-len(text) % 8)
-    with atomic.writing(path) as file:
+    with atomic.writing(path, n_bytes=8 + len(text) + offset) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(little_endian(tensors[name]).reshape(-1).view(np.uint8).data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from stllava.checkpoint import atomic, torch_pickle
-from stllava.checkpoint.tensor_file import MAX_TENSORS, TensorFile, check_name, little_endian, map_file, view
+from stllava.checkpoint.tensor_file import TensorFile, check_name, little_endian, map_file, view
 from stllava.errors import FormatError
+from stllava.limits import MAX_TENSORS
+
+# Records of the zip format (APPNOTE.TXT 4.3). zipfile reads the whole directory before one can say no, so reading is done here.
+_LOCAL = struct.Struct("<4s5H3L2H")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR = struct.Struct("<4sLQL")
+_ENCRYPTED = 1
+# Room in the pickle for each entry of the archive: a name of 512 bytes, and some 300 to describe a tensor. A pickle that is much larger is a bomb.
+_PICKLE_BYTES_PER_ENTRY = 2048
+_PICKLE_BYTES = 65536
 
 _ALIGNMENT = 64  # of every storage in the file, as torch writes it
 
@@ -58,7 +71,8 @@ def load(path: str | os.PathLike[str]) -> TensorFile:
                               field=key)
         return view(buffer, dtype, (count,), offset)
 
-    result = torch_pickle.parse(content("data.pkl", torch_pickle.MAX_PICKLE_BYTES), path, storage)
+    limit = min(torch_pickle.MAX_PICKLE_BYTES, _PICKLE_BYTES + _PICKLE_BYTES_PER_ENTRY * len(entries))
+    result = torch_pickle.parse(content("data.pkl", limit), path, storage)
     if not isinstance(result, dict):
         raise FormatError(f"{path}: holds a {type(result).__name__}, want a dictionary of tensors", path=path)
     for name, value in result.items():
@@ -69,29 +83,75 @@ def load(path: str | os.PathLike[str]) -> TensorFile:
 
 
 def _stored_entries(path: Path, buffer: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Entry name -> (offset, size) of its bytes, from the central directory, checked against the local headers."""
+    """Entry name -> (offset, size) of its bytes. Every byte of the central directory is accounted for, and agrees with the local headers."""
+    def fail(what: str) -> FormatError:
+        return FormatError(f"{path}: damaged, truncated or hostile zip archive: {what}", path=path)
+
     try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
-        raise FormatError(f"{path}: damaged or truncated zip archive: {error}", path=path) from error
-    if len(infos) > MAX_TENSORS:
-        raise FormatError(f"{path}: {len(infos)} entries in the archive, limit {MAX_TENSORS}", path=path)
-    entries: dict[str, tuple[int, int]] = {}
-    free = 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        name, start = info.filename, info.header_offset
-        header = buffer[start:start + 30]
-        begin = start + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        if name in entries:
-            raise FormatError(f"{path}: two entries named {name!r}", path=path, field=name)
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-            raise FormatError(f"{path}: entry {name!r} is compressed or encrypted; torch stores them plain", path=path, field=name)
-        if header[:4] != b"PK\x03\x04" or start < free or begin + info.file_size > len(buffer):
-            raise FormatError(f"{path}: entry {name!r} overlaps another one or lies outside the file", path=path, field=name)
-        free = begin + info.file_size
-        entries[name] = (begin, info.file_size)
+        at, end, n_entries = _central_directory(buffer)
+        if n_entries > MAX_TENSORS:
+            raise fail(f"{n_entries} entries, limit {MAX_TENSORS}")
+        entries: dict[str, tuple[int, int]] = {}
+        places = []
+        for _ in range(n_entries):
+            (signature, _, _, flags, method, _, _, _, stored, size, n_name, n_extra, n_comment, _, _, _,
+             start) = _ENTRY.unpack_from(buffer, at)
+            name_at, at = at + _ENTRY.size, at + _ENTRY.size + n_name + n_extra + n_comment
+            if signature != b"PK\x01\x02" or at > end:
+                raise fail(f"{n_entries} entries are announced, {len(entries)} are there")
+            raw_name = buffer[name_at:name_at + n_name]
+            size, stored, start = _wide(buffer[name_at + n_name:name_at + n_name + n_extra], size, stored, start)
+            name = raw_name.decode("utf-8")
+            if method != zipfile.ZIP_STORED or stored != size or flags & _ENCRYPTED:
+                raise fail(f"entry {name[:80]!r} is compressed or encrypted; torch stores them plain")
+            if name in entries:
+                raise fail(f"two entries named {name[:80]!r}")
+            local, _, _, _, _, _, _, _, _, n_name, n_extra = _LOCAL.unpack_from(buffer, start)
+            begin = start + _LOCAL.size + n_name + n_extra
+            if local != b"PK\x03\x04" or buffer[start + _LOCAL.size:start + _LOCAL.size + n_name] != raw_name:
+                raise fail(f"no entry {name[:80]!r} at byte {start}, where the directory says it is")
+            entries[name] = (begin, size)
+            places.append((start, begin + size, name))
+    except (struct.error, UnicodeDecodeError) as error:
+        raise fail(str(error)) from error
+    if at != end:
+        raise fail(f"{end - at} bytes in the directory behind its last entry")
+    places.sort()
+    for (_, free, name), (start, _, other) in zip(places, [*places[1:], (end, end, "the directory")], strict=True):
+        if free > start:
+            raise fail(f"entry {name[:80]!r} overlaps {other[:80]!r} or lies outside the file")
     return entries
+
+
+def _central_directory(buffer: mmap.mmap) -> tuple[int, int, int]:
+    """(begin, end, number of entries) of the directory: it must end where the end records begin, and they where the file ends."""
+    end = len(buffer) - _END.size
+    if end < 0 or buffer[end:end + 4] != b"PK\x05\x06":
+        raise struct.error("no end record; the copy or download was interrupted")
+    _, _, _, _, n_entries, size, begin, n_comment = _END.unpack_from(buffer, end)
+    locator = end - _LOCATOR.size
+    if locator >= _END64.size and buffer[locator:locator + 4] == b"PK\x06\x07":
+        end = locator - _END64.size
+        signature, _, _, _, _, _, _, n_entries, size, begin = _END64.unpack_from(buffer, end)
+        if signature != b"PK\x06\x06" or _LOCATOR.unpack_from(buffer, locator)[2] != end:
+            raise struct.error("no 64-bit end record where its locator says it is")
+    if begin + size != end or n_comment:
+        raise struct.error(f"a directory of {size} bytes at byte {begin}, want one that ends at byte {end}")
+    return begin, end, n_entries
+
+
+def _wide(extra: bytes, *values: int) -> list[int]:
+    """`values` (size, stored size, offset), with those that do not fit 32 bits taken from the zip64 field of `extra`."""
+    if 2**32 - 1 not in values:
+        return list(values)
+    at = 0
+    while at + 4 <= len(extra):
+        kind, n = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            wide = iter(struct.unpack_from(f"<{n // 8}Q", extra, at + 4))
+            return [value if value != 2**32 - 1 else next(wide, value) for value in values]
+        at += 4 + n
+    return list(values)
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
@@ -103,7 +163,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> Non
     root = path.stem
     for name in tensors:
         check_name(name, path)
-    with atomic.writing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with atomic.writing(path, n_bytes=sum(array.nbytes for array in tensors.values())) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, f"{root}/data.pkl", torch_pickle.dump(tensors))
         _add(archive, f"{root}/byteorder", b"little")
         for key, array in enumerate(tensors.values()):

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stllava.checkpoint import strict_json
 from stllava.errors import FormatError, StllavaError
+from stllava.limits import MAX_DATA_BYTES, MAX_ROW_CHARS
+from stllava.paths import read_regular
 
 __all__ = ["DataError", "Problem", "check_records", "read_jsonl", "read_records"]
 
@@ -48,30 +51,41 @@ def read_records(data: str | Path | Iterable[dict[str, Any]]) -> list[dict[str, 
         records = read_jsonl(path)
     else:
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))
+            records = strict_json.parse(read_regular(path, MAX_DATA_BYTES).decode("utf-8"))
         except json.JSONDecodeError as error:
             raise FormatError(f"{path}: line {error.lineno} is not JSON: {error.msg}", path=path) from error
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise FormatError(f"{path}: not JSON: {error}", path=path) from error
     if not isinstance(records, list):
         raise FormatError(f"{path}: want a list of records, found a {type(records).__name__}", path=path)
     for row, record in enumerate(records):
         if not isinstance(record, dict):
             raise FormatError(f"{path}: row {row} is a {type(record).__name__}, want an object", path=path)
+    if path.stat().st_size > MAX_ROW_CHARS:
+        for row, record in enumerate(records):
+            if (n := len(json.dumps(record, ensure_ascii=False, separators=(",", ":")))) > MAX_ROW_CHARS:
+                raise FormatError(f"{path}: row {row} has {n} characters, limit {MAX_ROW_CHARS}", path=path)
     return records
 
 
 def read_jsonl(path: str | Path, *, cut_off: bool = False) -> list[Any]:
-    """One JSON value per line; empty lines are skipped. cut_off: leave out a last line that a crash cut off. Raises FormatError naming the line."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON text
+    """One JSON value per line; empty lines are skipped. cut_off: leave out a last line that a crash cut off. Raises FormatError naming the line.
+
+    Only an object without its newline counts as cut off: `checkpoint.atomic.appending` deletes such a line, and may not delete what was never ours.
+    """
+    lines = read_regular(path, MAX_DATA_BYTES).split(b"\n")  # not splitlines: U+2028 may stand inside a JSON text
     values = []
     for number, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if cut_off and number == len(lines) - 1:
+            values.append(strict_json.parse(line.decode("utf-8")))
+        except ValueError as error:  # not JSON, or not UTF-8
+            if cut_off and number == len(lines) - 1 and line.startswith(b"{"):
                 break
-            raise FormatError(f"{path}: line {number + 1} is not JSON: {error.msg}", path=path) from error
+            raise FormatError(f"{path}: line {number + 1} is not JSON: {error}", path=path) from error
     return values
 
 

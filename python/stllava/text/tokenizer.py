@@ -15,8 +15,11 @@ from typing import Any
 
 import sentencepiece
 
+from stllava.checkpoint.atomic import make_directory, write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError, FormatError
+from stllava.limits import MAX_PIECE_BYTES, MAX_TOKENIZER_BYTES, MAX_VOCABULARY
+from stllava.paths import read_regular
 
 _UNDERLINE = "\u2581"
 _MODEL_FILE, _CONFIG_FILE, _ADDED_FILE = "tokenizer.model", "tokenizer_config.json", "added_tokens.json"
@@ -42,17 +45,17 @@ class Tokenizer:
         added_tokens: Mapping[str, int] | None = None,
     ) -> None:
         path = Path(model_file)
-        if not path.is_file():
+        if not path.exists():
             raise FormatError(f"{path}: no such file, want a SentencePiece model", path=path)
-        self._model_bytes = path.read_bytes()
-        self._sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self._sp.LoadFromSerializedProto(self._model_bytes)
-        except RuntimeError as error:
-            raise FormatError(f"{path}: not a SentencePiece model: {error}", path=path) from error
+        self._model_bytes = read_regular(path, MAX_TOKENIZER_BYTES)
+        self._sp = _load(self._model_bytes, path)
         self.legacy = legacy
         self.model_max_length = model_max_length
         self.added_tokens = dict(added_tokens or {})
+        for token, i in self.added_tokens.items():
+            if not token or len(token.encode("utf-8", "surrogatepass")) > MAX_PIECE_BYTES or type(i) is not int or not 0 <= i < MAX_VOCABULARY:
+                raise FormatError(f"{path}: added token {token[:80]!r}: {i!r}, want a text of 1 to {MAX_PIECE_BYTES} bytes and an id from 0 to "
+                                  f"{MAX_VOCABULARY - 1}", path=path, field=token[:80])
 
         self.bos_token_id: int = self._sp.bos_id()
         self.eos_token_id: int = self._sp.eos_id()
@@ -174,19 +177,20 @@ class Tokenizer:
                     path=config_path,
                     field=key,
                 )
-        legacy = config.get("legacy")
+        legacy, longest = config.get("legacy"), config.get("model_max_length") or 2048
+        if type(longest) not in (int, float) or longest < 1:  # transformers writes 1e30 for "none"
+            raise ConfigError(f"{config_path}: model_max_length is {longest!r}, want a positive number", path=config_path, field="model_max_length")
         return cls(
             folder / _MODEL_FILE,
             legacy=True if legacy is None else bool(legacy),
-            model_max_length=int(config.get("model_max_length") or 2048),
+            model_max_length=int(longest),
             added_tokens=_read_if_present(folder / _ADDED_FILE),
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the files `from_pretrained` (and Transformers' LlamaTokenizer) reads."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _MODEL_FILE).write_bytes(self._model_bytes)
+        folder = make_directory(directory)
+        write_bytes(folder / _MODEL_FILE, self._model_bytes)
         unk, bos, eos = (self._special_pieces[i] for i in (self.unk_token_id, self.bos_token_id, self.eos_token_id))
         config = {
             "tokenizer_class": "LlamaTokenizer",
@@ -200,11 +204,27 @@ class Tokenizer:
             "unk_token": unk,
             "pad_token": unk,
         }
-        (folder / _CONFIG_FILE).write_bytes(dump_object(config))
+        write_bytes(folder / _CONFIG_FILE, dump_object(config))
         if self.added_tokens:
-            (folder / _ADDED_FILE).write_bytes(dump_object(self.added_tokens))
+            write_bytes(folder / _ADDED_FILE, dump_object(self.added_tokens))
 
+
+
+def _load(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    """The library's model, with pieces that are text: it takes any bytes, and fails later where they are met."""
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(data)
+        n = model.vocab_size()
+        if n > MAX_VOCABULARY:
+            raise FormatError(f"{path}: {n} pieces, limit {MAX_VOCABULARY}", path=path)
+        for i in range(n):
+            if len(model.id_to_piece(i).encode("utf-8")) > MAX_PIECE_BYTES:
+                raise FormatError(f"{path}: piece {i} is longer than {MAX_PIECE_BYTES} bytes", path=path)
+    except (RuntimeError, UnicodeError) as error:
+        raise FormatError(f"{path}: not a SentencePiece model: {error}", path=path) from error
+    return model
 
 
 def _read_if_present(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+    return read_object(path) if path.exists() else {}
