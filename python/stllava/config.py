@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
-from stllava.config_fields import (MAX_LAYERS, MAX_SIZE, FileConfig, check_divides, check_integer, check_integers, check_neutral,
-                                   check_positive, unsupported)
+from stllava.config_fields import FileConfig, check_divides, check_integer, check_integers, check_neutral, check_positive, unsupported
 from stllava.errors import ConfigError
+from stllava.limits import MAX_LAYERS, MAX_WIDTH
 
 _LLAMA_TYPES = ("llava", "llava_llama", "llama")
 _MISTRAL_TYPES = ("llava_mistral", "mistral")
@@ -65,7 +65,7 @@ class VisionConfig(FileConfig):
 
     def __post_init__(self) -> None:
         check_neutral(self.extra, _VISION_NEUTRAL, "vision tower")
-        check_integers(self, "vision tower", MAX_SIZE, "image_size", "patch_size", "hidden_size", "intermediate_size",
+        check_integers(self, "vision tower", MAX_WIDTH, "image_size", "patch_size", "hidden_size", "intermediate_size",
                         "num_attention_heads")
         check_integers(self, "vision tower", MAX_LAYERS, "num_hidden_layers")
         check_positive(self, "vision tower", "layer_norm_eps")
@@ -143,8 +143,8 @@ class LlavaConfig(FileConfig):
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if values.get("head_dim") is None:
-            check_integer("config", "num_attention_heads", values["num_attention_heads"], MAX_SIZE)
-            check_integer("config", "hidden_size", values["hidden_size"], MAX_SIZE)
+            check_integer("config", "num_attention_heads", values["num_attention_heads"], MAX_WIDTH)
+            check_integer("config", "hidden_size", values["hidden_size"], MAX_WIDTH)
             if values["hidden_size"] % values["num_attention_heads"]:
                 raise ConfigError(f"config: hidden_size {values['hidden_size']} is not a multiple of num_attention_heads "
                                   f"{values['num_attention_heads']}", field="hidden_size")
@@ -165,7 +165,7 @@ class LlavaConfig(FileConfig):
 
     def __post_init__(self) -> None:
         check_neutral(self.extra, _NEUTRAL, "config")
-        check_integers(self, "config", MAX_SIZE, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+        check_integers(self, "config", MAX_WIDTH, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
                         "num_key_value_heads", "head_dim", "max_position_embeddings", "mm_hidden_size", "num_latents")
         check_integers(self, "config", MAX_LAYERS, "num_hidden_layers")
         check_positive(self, "config", "rms_norm_eps", "rope_theta")
@@ -173,7 +173,7 @@ class LlavaConfig(FileConfig):
         if self.head_dim % 2:
             raise ConfigError(f"config: head_dim {self.head_dim} is odd; rotary embeddings need pairs", field="head_dim")
         if self.sliding_window is not None:
-            check_integers(self, "config", MAX_SIZE, "sliding_window")
+            check_integers(self, "config", MAX_WIDTH, "sliding_window")
         if not isinstance(self.tie_word_embeddings, bool):
             raise unsupported("config", "tie_word_embeddings", self.tie_word_embeddings, (True, False))
         if self.mm_vision_tower is not None:
@@ -198,6 +198,10 @@ class LlavaConfig(FileConfig):
             if self.mm_hidden_size != self.vision.hidden_size:
                 raise ConfigError(f"config: mm_hidden_size {self.mm_hidden_size}, but the vision tower's hidden_size is "
                                   f"{self.vision.hidden_size}; wrong tower?", field="mm_hidden_size")
+            n_tokens = self.vision.n_patches + (self.mm_vision_select_feature == "cls_patch")
+            if kind == "cluster" and self.num_latents > n_tokens:
+                raise ConfigError(f"config: num_latents {self.num_latents} is more than the {n_tokens} tokens of an image, which are to be clustered",
+                                  field="num_latents")
 
     @property
     def projector_kind(self) -> tuple[str, int]:

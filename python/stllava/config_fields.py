@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any, ClassVar, Self
 from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError
+from stllava.limits import MAX_NUMBER
 
 CONFIG_FILE = "config.json"
-MAX_SIZE = 2**20  # widths, vocabulary, positions
-MAX_LAYERS = 1024
 
 
 class FileConfig:
@@ -83,8 +81,8 @@ def check_integers(config: object, where: str, limit: int, *keys: str) -> None:
 def check_positive(config: object, where: str, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
-        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{where}: {key} is {value!r}, want a positive finite number", field=key)
+        if type(value) not in (int, float) or not 0 < value <= MAX_NUMBER:
+            raise ConfigError(f"{where}: {key} is {value!r}, want a positive number of at most {MAX_NUMBER:g}", field=key)
 
 
 def check_divides(config: object, where: str, key: str, divisor: str) -> None:

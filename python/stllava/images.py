@@ -5,7 +5,8 @@ is done by a stated rule and noted. One pre-processing serves training and infer
 
 Pillow reads the files. PNG and BMP files in which nothing needs a rule are decoded by the core, without the GIL and with the
 same result; whatever the core refuses or cannot read goes to Pillow, whose word is final, so that a build without the core's
-decoder behaves the same.
+decoder behaves the same. (The core is laxer in two things that cannot change a pixel: what is inside side chunks such as gAMA, and the checksum
+of the zlib stream, whose bytes the checksums of the chunks cover.)
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
@@ -27,15 +31,14 @@ from PIL import Image, ImageFile, ImageOps
 from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError, FormatError
+from stllava.limits import MAX_IMAGE_BYTES, MAX_NUMBER, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_PLAIN_PIXELS, MAX_SIDE_PX
+from stllava.paths import read_regular
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BACKGROUND = (122, 116, 104)  # floor(255 * CLIP_MEAN)
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
-MAX_FILE_BYTES = 64 * 2**20
-MAX_SIDE_PX = 65_535
-MAX_PIXELS = 178_956_970  # the same three limits as the core's
 CONFIG_FILE = "preprocessor_config.json"
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -78,17 +81,15 @@ def load_image(source: Source, mode: Mode = "default", *, background: Colour = B
         name, data = getattr(source, "filename", "") or "PIL image", b""
     else:
         name, data = ("picture in memory", source) if isinstance(source, bytes) else (os.fspath(source), _read_file(source))
-        if data.startswith(_CORE_SIGNATURES):
-            try:
-                return LoadedImage(stllava_c.image_decode(data), [])
-            except stllava_c.Error:
-                pass  # Pillow decides what it is
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ImageError(f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so damaged pictures would be read silently; "
-                         "set it to False", path=name)
+    notes: list[str] = []
     try:
-        with _borrow(source) if isinstance(source, Image.Image) else Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _convert(image, data, mode, background)
+        if data.startswith(_CORE_SIGNATURES) and (rgb := _decode_in_core(data)) is not None:
+            return LoadedImage(rgb, notes)
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise ImageError(f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so damaged pictures would be read silently; "
+                             "set it to False", path=name)
+        with _borrow(source) if isinstance(source, Image.Image) else _open(data, notes) as image:
+            return LoadedImage(_convert(image, data, mode, background, notes), notes)
     except (MemoryError, ImageError):
         raise
     except Exception as error:  # Pillow's readers raise a dozen types for damaged files
@@ -97,44 +98,75 @@ def load_image(source: Source, mode: Mode = "default", *, background: Colour = B
         raise ImageError(f"{name}: cannot be read: {reason}", path=name) from error
 
 
+def _decode_in_core(data: bytes) -> NDArray[np.uint8] | None:
+    """None: Pillow decides what it is."""
+    try:
+        _check_size(*stllava_c.image_probe(data)[:2], len(data))
+        return stllava_c.image_decode(data)
+    except stllava_c.Error:
+        return None
+
+
+def _open(data: bytes, notes: list[str]) -> Image.Image:
+    with _noted(notes):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(*image.size, len(data))
+    return image
+
+
 def _borrow(image: Image.Image) -> Image.Image:
     """A copy, so that closing it leaves the caller's image open."""
-    _check_size(image)
+    _check_size(*image.size)
     return image.copy()
+
+
+_noting = threading.Lock()
+
+
+@contextmanager
+def _noted(notes: list[str]) -> Iterator[None]:
+    """Pillow's warnings about damaged side data become notes. Catching them changes the whole process, so one thread at a time."""
+    with _noting, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    notes += [f"Pillow: {warning.message}" for warning in caught if not issubclass(warning.category, Image.DecompressionBombWarning)]
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = read_regular(path, MAX_IMAGE_BYTES)
     except OSError as error:
         raise ImageError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}", path=path) from error
+    except FormatError as error:
+        raise ImageError(f"cannot be read: {error}", path=path) from error
     if not data:
         raise ImageError(f"{os.fspath(path)}: the file is empty", path=path)
-    if len(data) > MAX_FILE_BYTES:
-        raise ImageError(f"{os.fspath(path)}: larger than the limit of {MAX_FILE_BYTES} bytes", path=path)
     return data
 
 
-def _check_size(image: Image.Image) -> None:
-    width, height = image.size
+def _check_size(width: int, height: int, n_bytes: int | None = None) -> None:
+    """Refuses what is too large, and headers that promise far more pixels than the file can hold, before memory is taken for them."""
     if not (0 < width <= MAX_SIDE_PX and 0 < height <= MAX_SIDE_PX and width * height <= MAX_PIXELS):
         raise ValueError(f"{width}x{height} pixels, the limits are {MAX_SIDE_PX} a side and {MAX_PIXELS} in all")
+    if n_bytes is not None and width * height > max(MAX_PLAIN_PIXELS, MAX_PIXELS_PER_BYTE * n_bytes):
+        raise ValueError(f"{width}x{height} pixels in {n_bytes} bytes; a picture of more than {MAX_PLAIN_PIXELS} pixels must have at most "
+                         f"{MAX_PIXELS_PER_BYTE} for each byte of its file: truncated file, or a decompression bomb")
 
 
-def _convert(image: Image.Image, data: bytes, mode: Mode, background: Colour) -> LoadedImage:
-    notes = []
-    _check_size(image)
+def _convert(image: Image.Image, data: bytes, mode: Mode, background: Colour, notes: list[str]) -> NDArray[np.uint8]:
     if getattr(image, "is_animated", False):
         notes.append("first of several frames")
     image.load()
-    if (orientation := _orientation(image)) != 1:
+    with _noted(notes):
+        orientation = _orientation(image)
+        upright = image if mode == "compat" or orientation == 1 else ImageOps.exif_transpose(image)
+    if orientation != 1:
         notes.append(f"EXIF orientation {orientation} " + ("ignored" if mode == "compat" else "applied"))
-        image = image if mode == "compat" else ImageOps.exif_transpose(image)
+        image = upright
     if image.mode in _DEEP_GREY:
         if "transparency" in image.info:
             notes.append("transparent grey level ignored")
-        return LoadedImage(_deep_grey(image, mode, notes), notes)
+        return _deep_grey(image, mode, notes)
     if data.startswith(_CORE_SIGNATURES[0]) and data[_PNG_DEPTH_AT] == 16:
         notes.append("16-bit samples reduced to their high bytes")
     if image.has_transparency_data:
@@ -145,7 +177,7 @@ def _convert(image: Image.Image, data: bytes, mode: Mode, background: Colour) ->
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba)
     elif image.mode not in ("RGB", "L", "1", "P"):
         notes.append(f"{image.mode} converted to RGB by Pillow's formula")
-    return LoadedImage(np.array(image.convert("RGB")), notes)
+    return np.array(image.convert("RGB"))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -200,11 +232,11 @@ class ImageProcessor:
         for field in ("image_mean", "image_std"):
             values = getattr(self, field)
             values = tuple(values) if isinstance(values, Sequence) else (values,)
-            if len(values) != 3 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values) or (
+            if len(values) != 3 or not all(isinstance(v, int | float) and abs(v) <= MAX_NUMBER for v in values) or (
                     field == "image_std" and min(values) <= 0):
-                raise ConfigError(f"{field} {values!r}: want 3 finite numbers{', > 0' * (field == 'image_std')}", field=field)
-            object.__setattr__(self, field, values)
-        colour = tuple(int(255 * m) for m in self.image_mean) if self.background is None else tuple(self.background)
+                raise ConfigError(f"{field} {values!r}: want 3 numbers of at most {MAX_NUMBER:g}{', > 0' * (field == 'image_std')}", field=field)
+            object.__setattr__(self, field, tuple(map(float, values)))
+        colour = tuple(min(max(int(255 * m), 0), 255) for m in self.image_mean) if self.background is None else tuple(self.background)
         if len(colour) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in colour):
             raise ConfigError(f"background {colour!r}: want 3 integers from 0 to 255", field="background")
         object.__setattr__(self, "background", colour)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stllava.checkpoint import safetensors_file
-from stllava.checkpoint.tensor_file import MAX_NAME_BYTES, MAX_RANK, count_nonfinite, to_float32
+from stllava.checkpoint.tensor_file import count_nonfinite, to_float32
 from stllava.errors import FormatError
+from stllava.limits import MAX_NAME_BYTES, MAX_RANK
 
 SAMPLE = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(2.5), "half": np.ones(3, np.float16),
           "bits": np.array([[0x3F80, 0xC000]], np.uint16), "ids": np.array([1, -2], np.int64), "empty": np.zeros((0, 4), np.float32),

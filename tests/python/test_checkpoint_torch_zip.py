@@ -204,7 +204,7 @@ def test_archive_entries_that_overlap(tmp_path: Path) -> None:
     second = data.index(b"PK\x01\x02", central + 4)
     data[second + 42:second + 46] = data[central + 42:central + 46]
     path.write_bytes(data)
-    with pytest.raises(FormatError, match="overlaps"):
+    with pytest.raises(FormatError, match="no entry 'm/data/0' at byte 0"):
         torch_zip.load(path)
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 from stllava.checkpoint import strict_json
 from stllava.errors import FormatError
+from stllava.paths import inside
 
 MANIFEST = "manifest.json"
 NEW = ".new"
@@ -282,7 +283,7 @@ def _link(source: Path, target: Path) -> None:
     if target.exists() and target.samefile(source):  # rename would do nothing and leave the temporary name
         return
     with suppress(FileNotFoundError):
-        os.unlink(temporary)
+        system_call(target, os.unlink, temporary)
     try:
         system_call(target, os.link, source, temporary)
     except OSError as error:
@@ -323,8 +324,10 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]
         raise FormatError(f"{path}: want version {_VERSION} with a table 'files', found version "
                           f"{content.get('version')!r}", path=path)
     for name, entry in files.items():
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise FormatError(f"{path}: file {name!r} lies outside the directory", path=path, field=name)
+        try:
+            inside(directory, name)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}", path=path, field=name) from error
         if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
             raise FormatError(f"{path}: entry of {name!r} must have exactly sha256 and size", path=path, field=name)
     return files

@@ -18,6 +18,7 @@ import numpy as np
 from stllava.checkpoint import atomic, safetensors_file, strict_json, torch_zip
 from stllava.checkpoint.tensor_file import TensorFile
 from stllava.errors import FormatError
+from stllava.paths import inside
 
 Format = Literal["safetensors", "bin"]
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -67,13 +68,19 @@ def _read_shards(index_path: Path) -> list[TensorFile]:
     weight_map = strict_json.read_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index_path}: want a table 'weight_map' {{tensor: file}}", path=index_path, field="weight_map")
+    tensors_of: dict[str, set[str]] = {}
+    for tensor, file_name in weight_map.items():
+        if not isinstance(file_name, str):
+            raise FormatError(f"{index_path}: tensor {tensor}: file {str(file_name)[:120]!r} lies outside the directory: it is no name",
+                              path=index_path, field=tensor)
+        tensors_of.setdefault(file_name, set()).add(tensor)
     shards = []
-    for file_name in sorted({_check_file_name(index_path, tensor, name) for tensor, name in weight_map.items()}):
-        if not (index_path.parent / file_name).exists():
+    paths = {file_name: _shard_path(index_path, file_name) for file_name in sorted(tensors_of)}
+    for file_name, path in paths.items():
+        if not path.exists():
             raise FormatError(f"{index_path}: shard {file_name} is missing; copy or download it again", path=index_path,
                               field=file_name)
-        shard = read_file(index_path.parent / file_name)
-        listed = {tensor for tensor, name in weight_map.items() if name == file_name}
+        shard, listed = read_file(path), tensors_of[file_name]
         if missing := sorted(listed - set(shard)):
             raise FormatError(f"{shard.path}: {len(missing)} tensors that {index_path.name} lists are not in this file, first "
                               f"{missing[0]}", path=shard.path, field=missing[0])
@@ -84,20 +91,19 @@ def _read_shards(index_path: Path) -> list[TensorFile]:
     return shards
 
 
-def _check_file_name(index_path: Path, tensor: str, file_name: object) -> str:
+def _shard_path(index_path: Path, file_name: str) -> Path:
     """A shard is a plain name beside the index. A link may lead to the blobs folder of a Hugging Face cache only."""
-    directory = index_path.parent.resolve()
-    allowed = [directory]
-    if directory.parent.name == "snapshots":
-        allowed.append(directory.parent.parent / "blobs")
-    if (not isinstance(file_name, str) or file_name != Path(file_name).name or file_name in ("", ".", "..")
-            or "\\" in file_name or "\0" in file_name or (directory / file_name).resolve().parent not in allowed):
-        raise FormatError(f"{index_path}: tensor {tensor}: file {str(file_name)[:120]!r} lies outside the directory",
-                          path=index_path, field=tensor)
-    if Path(file_name).suffix not in (".safetensors", ".bin"):
-        raise FormatError(f"{index_path}: tensor {tensor}: file {file_name!r} is neither .safetensors nor .bin",
-                          path=index_path, field=tensor)
-    return file_name
+    directory = index_path.parent
+    snapshots = directory.resolve().parent
+    blobs = [snapshots.parent / "blobs"] if snapshots.name == "snapshots" else []
+    try:
+        path = inside(directory, file_name, blobs)
+    except FormatError as error:
+        raise FormatError(f"{index_path}: {error}", path=index_path, field=file_name) from error
+    if path.parent != directory or path.suffix not in (".safetensors", ".bin"):
+        raise FormatError(f"{index_path}: file {file_name[:120]!r} lies outside the directory, or is neither .safetensors nor .bin",
+                          path=index_path, field=file_name)
+    return path
 
 
 def write_weights(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],

@@ -24,10 +24,10 @@ from stllava.checkpoint import atomic, names, strict_json
 from stllava.checkpoint.index import Format, read_file, write_file
 from stllava.checkpoint.tensor_file import FLOAT_DTYPES, TensorFile
 from stllava.errors import ConfigError, FormatError
+from stllava.limits import MAX_LORA_RANK, MAX_NUMBER
 
 CONFIG_FILE = "adapter_config.json"
 MODEL_STEM = "adapter_model"
-MAX_RANK = 65536
 
 # Keys of peft 0.4 that this package only carries along.
 _CARRIED = {"auto_mapping": None, "fan_in_fan_out": False, "inference_mode": True, "layers_pattern": None, "revision": None}
@@ -63,12 +63,12 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for key, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-                raise ConfigError(f"LoRA: {key} is {rank!r}, want an integer from 1 to {MAX_RANK}", field=key)
+            if type(rank) is not int or not 1 <= rank <= MAX_LORA_RANK:
+                raise ConfigError(f"LoRA: {key} is {rank!r}, want an integer from 1 to {MAX_LORA_RANK}", field=key)
         for key, alpha in {"lora_alpha": self.lora_alpha,
                            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}.items():
-            if type(alpha) not in (int, float) or not (math.isfinite(alpha) and alpha > 0):
-                raise ConfigError(f"LoRA: {key} is {alpha!r}, want a positive finite number", field=key)
+            if type(alpha) not in (int, float) or not 0 < alpha <= MAX_NUMBER:
+                raise ConfigError(f"LoRA: {key} is {alpha!r}, want a positive number of at most {MAX_NUMBER:g}", field=key)
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"LoRA: lora_dropout is {self.lora_dropout!r}, want 0 <= p < 1", field="lora_dropout")
         if self.bias != "none":

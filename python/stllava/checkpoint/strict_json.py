@@ -1,4 +1,4 @@
-"""JSON as checkpoints use it: UTF-8, bounded, no duplicate keys, no NaN.
+"""JSON as checkpoints and data files use it: UTF-8, bounded, no duplicate keys, no NaN or infinity.
 
 A duplicate key lets one file mean two things to two readers, so it is an error and not "last one wins".
 """
@@ -6,13 +6,18 @@ A duplicate key lets one file mean two things to two readers, so it is an error 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from stllava.errors import FormatError
+from stllava.limits import MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_JSON_ITEMS
+from stllava.paths import read_regular
 
-MAX_JSON_BYTES = 100 * 2**20
+_STEP = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -28,30 +33,60 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse_object(data: bytes, path: str | os.PathLike[str], what: str = "JSON file") -> dict[str, Any]:
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_object, parse_constant=_refuse_constant, parse_float=_finite)
+
+
+def is_text(value: str) -> bool:
+    """False if `value` holds half of a surrogate pair: JSON can spell it, but it is no character and has no bytes."""
+    return _SURROGATE.search(value) is None
+
+
+def parse(text: str) -> Any:
+    """Any JSON value. Raises ValueError: not JSON, duplicate keys, NaN, infinite or absurdly long numbers, nesting beyond MAX_JSON_DEPTH."""
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels") from error
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, (dict, list))]
+    if level:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    return value
+
+
+def parse_object(data: bytes, path: str | os.PathLike[str], what: str = "JSON file", max_items: int = MAX_JSON_ITEMS) -> dict[str, Any]:
     """Parse `data` (UTF-8 bytes that must hold one JSON object). `path` and `what` only appear in errors.
 
-    Raises FormatError for anything else, including duplicate keys, NaN/Infinity and nesting beyond Python's own limit.
+    Raises FormatError for anything else, and for more than `max_items` items, counted by their commas and brackets before anything is built.
     """
+    n_items = 0
+    for start in range(0, len(data), _STEP):
+        n_items += sum(data.count(sign, start, start + _STEP) for sign in (b",", b"[", b"{"))
+        if n_items > max_items:
+            raise FormatError(f"{path}: {what} has more than {max_items} items", path=path)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_object, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        value = parse(data.decode("utf-8"))
+    except ValueError as error:
         raise FormatError(f"{path}: {what} is not valid: {error}", path=path) from error
     if not isinstance(value, dict):
         raise FormatError(f"{path}: {what} holds a {type(value).__name__}, want an object {{...}}", path=path)
     return value
 
 
-def read_object(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a JSON file that must hold one object. Raises FormatError (content) or OSError (file)."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FormatError(f"{path}: no such file", path=path)
-    with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise FormatError(f"{path}: larger than the limit of {max_bytes} bytes for a JSON file", path=path)
-    return parse_object(data, path)
+    return parse_object(read_regular(path, MAX_JSON_BYTES), path)
 
 
 def dump_object(value: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""What every weight file gives: an immutable mapping from tensor name to NumPy array, and the limits readers enforce.
+"""What every weight file gives: an immutable mapping from tensor name to NumPy array.
 
 NumPy has no bfloat16. Its bits travel as uint16, and in this package a uint16 array *means* bfloat16: no checkpoint
 stores real uint16 weights (readers refuse them), so no side table of dtypes has to follow every array around.
@@ -13,16 +13,14 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from stllava.checkpoint.strict_json import is_text
 from stllava.errors import FormatError
-
-MAX_TENSORS = 1_000_000
-MAX_RANK = 8
-MAX_NAME_BYTES = 512
+from stllava.limits import MAX_NAME_BYTES, MAX_RANK
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "f64": np.dtype("<f8"), "f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2"),
@@ -107,6 +105,16 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def is_size(value: object) -> bool:
+    """A dimension, stride or offset that a file may give: 0 to 2^63 - 1."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_shape(sizes: Sequence[int]) -> bool:
+    """Whether NumPy can hold an array of these sizes; for an empty one that depends on the sizes that are not 0."""
+    return len(sizes) <= MAX_RANK and (0 not in sizes or math.prod(size for size in sizes if size) < 2**59)
+
+
 def view(buffer: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
     """Array on `buffer` at byte `offset`; the caller has checked the range.
 
@@ -125,6 +133,6 @@ def view(buffer: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], offset: int
 
 def check_name(name: object, path: Path) -> str:
     """A tensor name must be a non-empty string of at most MAX_NAME_BYTES. Returns it."""
-    if not isinstance(name, str) or not name or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+    if not isinstance(name, str) or not name or not is_text(name) or len(name.encode("utf-8")) > MAX_NAME_BYTES:
         raise FormatError(f"{path}: tensor name {str(name)[:80]!r}: want a string of 1 to {MAX_NAME_BYTES} bytes", path=path)
     return name

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from stllava.checkpoint.tensor_file import MAX_RANK, NUMPY_DTYPES, dtype_name
+from stllava.checkpoint.tensor_file import NUMPY_DTYPES, dtype_name, is_shape, is_size
 from stllava.errors import FormatError
+from stllava.limits import MAX_PICKLE_BYTES, MAX_RANK
 
-MAX_PICKLE_BYTES = 64 * 2**20
 _STORAGES = {"f64": "DoubleStorage", "f32": "FloatStorage", "f16": "HalfStorage", "bf16": "BFloat16Storage",
              "i64": "LongStorage", "i32": "IntStorage", "i16": "ShortStorage", "i8": "CharStorage", "u8": "ByteStorage",
              "bool": "BoolStorage"}
@@ -177,18 +177,18 @@ class _Program:
         if len(arguments) not in (6, 7) or not isinstance(arguments[0], np.ndarray):
             raise self._fail("tensor with unknown arguments")
         storage, offset, size, stride = arguments[:4]
-        if not (_is_sizes(size) and _is_sizes(stride) and _is_sizes((offset,)) and len(size) == len(stride) <= MAX_RANK):
+        if not (_is_sizes(size) and _is_sizes(stride) and _is_sizes((offset,)) and len(size) == len(stride) and is_shape(size)):
             raise self._fail(f"tensor whose size, stride or offset is not made of non-negative integers, rank at most {MAX_RANK}")
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else offset - 1
         if last >= storage.size or count > storage.size:
             raise self._fail(f"tensor of size {size} at {offset} does not fit its storage of {storage.size} values")
-        byte_strides = tuple(step * storage.itemsize for step in stride)
+        byte_strides = tuple(step * storage.itemsize if n > 1 and count else 0 for n, step in zip(size, stride, strict=True))
         return np.lib.stride_tricks.as_strided(storage[offset:], size, byte_strides, writeable=False)
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return isinstance(value, tuple) and all(map(is_size, value))
 
 
 _OPCODES: dict[bytes, Callable[[_Program], None]] = {

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stllava.images import ImageProcessor
+from stllava.errors import FormatError
+from stllava.images import ImageError, ImageProcessor
+from stllava.paths import inside
 
 __all__ = ["Pictures"]
 
@@ -23,11 +25,17 @@ class Pictures:
         self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def path(self, name: str) -> Path:
-        return self.folder / name
+    def path(self, name: object) -> Path:
+        """Where the picture lies, which must be in the folder. Raises ImageError."""
+        try:
+            return inside(self.folder, name)
+        except FormatError as error:
+            raise ImageError(str(error), path=self.folder) from error
 
     def __call__(self, name: str) -> np.ndarray:
         """(3, S, S) float32. Raises ImageError naming the file."""
+        if not isinstance(name, str):
+            raise ImageError(f"image {str(name)[:120]!r} is a {type(name).__name__}, want a file name")
         with self._lock:
             if name in self._kept:
                 self._kept.move_to_end(name)

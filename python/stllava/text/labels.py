@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from stllava.checkpoint.strict_json import is_text
 from stllava.conversation import Conversation, ConversationError, Segment, as_template
 from stllava.text.encode import encode_segments
 from stllava.text.tokenizer import Tokenizer
@@ -109,11 +110,15 @@ def build_sample(
 
 def _checked_turns(turns: Sequence[Turn]) -> tuple[Sequence[Turn], int]:
     for i, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise ConversationError(f"turn {i} is a {type(turn).__name__}, want an object")
         missing = {"from", "value"} - turn.keys()
         if missing:
             raise ConversationError(f"turn {i}: key {sorted(missing)[0]!r} is missing, found {sorted(turn)}")
         if not isinstance(turn["value"], str):
             raise ConversationError(f"turn {i}: value is a {type(turn['value']).__name__}, want text")
+        if not is_text(turn["value"]):
+            raise ConversationError(f"turn {i}: value has half a surrogate pair, which is no character")
     n_leading = int(bool(turns) and turns[0]["from"] == "gpt")
     kept = turns[n_leading:]
     for i, turn in enumerate(kept):

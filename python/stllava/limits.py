@@ -1,0 +1,49 @@
+"""The limits that readers of files enforce before they allocate: one table, tested at L - 1, L and L + 1 in tests/hostile/test_limits.py.
+
+They are far beyond every real model and data set, and small enough that no file can take the machine with it.
+"""
+
+MAX_JSON_BYTES = 16 * 2**20
+"""Configuration, index and manifest files. The index of 100,000 tensors has about 10 MB."""
+MAX_JSON_DEPTH = 64
+"""Objects and lists inside each other, in every JSON text."""
+MAX_JSON_ITEMS = 500_000
+"""Items of all lists and objects of a configuration, index or manifest file together: a parsed item takes up to 30 times its text."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""Header of a safetensors file, the format's own limit."""
+MAX_STRING_CHARS = 16 * 2**20
+"""One value of a safetensors file's metadata."""
+MAX_TENSORS = 1_000_000
+"""Tensors of a file; also entries of a torch zip archive."""
+MAX_RANK = 8
+MAX_NAME_BYTES = 512
+"""Name of a tensor, UTF-8."""
+MAX_PICKLE_BYTES = 64 * 2**20
+"""The table of tensors in a torch zip file."""
+
+MAX_DATA_BYTES = 8 * 2**30
+"""A data file, which is read whole."""
+MAX_ROW_CHARS = 4 * 2**20
+"""One record of a data file, as JSON without white space."""
+
+MAX_IMAGE_BYTES = 64 * 2**20
+"""An image file. This and the next two are the core's limits too (csrc/image/decode.h)."""
+MAX_SIDE_PX = 65_535
+MAX_PIXELS = 178_956_970
+MAX_PLAIN_PIXELS = 2**22
+"""Pictures larger than this must not have more than MAX_PIXELS_PER_BYTE pixels for each byte of their file."""
+MAX_PIXELS_PER_BYTE = 1024
+
+MAX_VOCABULARY = 2**20
+"""Pieces of a tokenizer, and ids that its added tokens may have."""
+MAX_PIECE_BYTES = 1024
+MAX_TOKENIZER_BYTES = 64 * 2**20
+"""The file tokenizer.model."""
+
+MAX_WIDTH = 2**20
+"""Widths, vocabulary and positions in a model configuration."""
+MAX_LAYERS = 1024
+MAX_NUMBER = 1e30
+"""Factors in configurations (rope_theta, lora_alpha, ...); a float32 holds them and their products with a size."""
+MAX_LORA_RANK = 65536

@@ -1,0 +1,55 @@
+"""Names that come out of files, and files that may be anything: what every reader asks before it opens something."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from stllava.errors import FormatError
+
+
+def inside(folder: str | os.PathLike[str], name: object, also: Iterable[Path] = ()) -> Path:
+    """`folder / name` for a name that a file gave us, if that lies in `folder` (or in one of `also`) with every link on the way followed.
+
+    Raises FormatError for absolute names, "..", backslashes, drive letters, NUL, names the system cannot spell, and links that lead out. Nothing is
+    decoded or expanded: "%2e%2e" and "~" are plain names.
+    """
+    folder = Path(folder)
+
+    def refuse(why: str) -> FormatError:
+        return FormatError(f"file {str(name)[:120]!r} lies outside the directory {folder}: {why}; want a relative path that stays inside", path=folder)
+
+    if not isinstance(name, str) or not name:
+        raise refuse(f"it is a {type(name).__name__}" if not isinstance(name, str) else "it is empty")
+    if "\0" in name or "\\" in name or PureWindowsPath(name).drive:
+        raise refuse("it has a NUL, a backslash or a drive letter")
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise refuse("it is absolute or goes up by '..'")
+    try:
+        real, roots = (folder / name).resolve(), [root.resolve() for root in (folder, *also)]
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, characters that no file name has
+        raise refuse(f"it cannot be looked up ({error})") from error
+    if not any(real.is_relative_to(root) for root in roots):
+        raise refuse(f"it is a link to {real}")
+    return folder / name
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Content of a regular file of at most `max_bytes`. Raises FormatError; OSError from the system."""
+    try:
+        # A FIFO would wait for ever and a device never end. It may have become one since, hence O_NONBLOCK.
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                data = file.read(min(size, max_bytes) + 1)
+        else:
+            raise FormatError(f"{os.fspath(path)}: not a regular file", path=path)
+    except ValueError as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{os.fspath(path)!r}: not a file name: {error}", path=path) from error
+    if len(data) > max_bytes:
+        raise FormatError(f"{os.fspath(path)}: larger than the limit of {max_bytes} bytes", path=path)
+    return data
