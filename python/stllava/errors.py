@@ -7,6 +7,7 @@ its text says what is wrong, where, what was found and what to do.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 
 class StllavaError(Exception):
@@ -27,4 +28,8 @@ class FormatError(StllavaError, ValueError):
 
 
 class NumericsError(StllavaError, ValueError):
-    """Values are NaN or infinite where finite ones are required."""
+    """Values are NaN or infinite where finite ones are required. `sample_ids`: the samples they may come from, in training."""
+
+    def __init__(self, message: str, *, path: str | os.PathLike[str] | None = None, field: str | None = None, sample_ids: Iterable[str] = ()) -> None:
+        super().__init__(message, path=path, field=field)
+        self.sample_ids = list(sample_ids)

@@ -65,6 +65,10 @@ class DPODataset:
     def pixels(self, key: str) -> np.ndarray:
         return self._pictures(key)
 
+    def ids(self, item: int) -> list[object]:
+        """What messages call the pair: its "id", else its row."""
+        return [self.records[self.rows[item]].get("id", self.rows[item])]
+
     def _sample(self, record: dict[str, Any], side: str):
         has_image = record.get("image") is not None
         return build_sample(record[side], self.template, self.tokenizer, has_image=has_image,

@@ -65,6 +65,10 @@ class SFTDataset:
     def pixels(self, key: str) -> np.ndarray:
         return self._pictures(key)
 
+    def ids(self, item: int) -> list[object]:
+        """What messages call the item's samples: their "id", else their row."""
+        return [self.records[row].get("id", row) for row in self.items[item]]
+
     def sample(self, row: int, epoch: int) -> Sample:
         """The sample as epoch `epoch` sees it."""
         record = self.records[row]
@@ -75,8 +79,8 @@ class SFTDataset:
 
     def _check(self, row: int, record: dict[str, Any]) -> tuple[str, str] | None:
         try:
-            if _turns(record) is None:
-                return "turns", f"key 'conversations' is missing, found {sorted(record)}"
+            if not isinstance(_turns(record), list):
+                return "turns", f"key 'conversations' is missing or not a list, found {sorted(record)}"
             sample = self.sample(row, 0)
             if record.get("image") is not None:
                 self.pixels(record["image"])

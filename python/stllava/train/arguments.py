@@ -21,6 +21,8 @@ class TrainingArguments:
 
     `per_device_train_batch_size` counts samples (pairs for DPO; images when the data set groups by image). Learning rates: `learning_rate` for
     everything but the projector (`mm_projector_lr`) and, only when that is set too, the tower (`vision_tower_lr`): six groups in LLaVA's order.
+    `nan_policy`: an update in which a number is not finite changes nothing; ``"stop"`` raises NumericsError, ``"skip"`` logs the samples and goes on,
+    at most `max_skipped` times in a row.
     """
 
     output_dir: str
@@ -59,12 +61,13 @@ class TrainingArguments:
     share_prefixes: bool = True
     vit_grad: bool = True
     nan_policy: str = "stop"
+    max_skipped: int = 10
     allow_untrained: bool = False
     shuffle: bool = True
 
     def __post_init__(self) -> None:
         for name, low in (("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1),
-                          ("logging_steps", 1), ("save_steps", 1), ("dataloader_num_workers", 0), ("warmup_steps", 0)):
+                          ("logging_steps", 1), ("save_steps", 1), ("dataloader_num_workers", 0), ("warmup_steps", 0), ("max_skipped", 0)):
             self._at_least(name, low)
         for name in ("num_train_epochs", "adam_epsilon"):
             if not getattr(self, name) > 0:

@@ -13,6 +13,7 @@ from stllava.tree import Sequence
 
 from .arguments import DPOConfig
 from .loop import Trainer
+from .numerics import explained
 from .sft import collate_sequences
 from .update import Micro
 
@@ -20,6 +21,8 @@ __all__ = ["DPOObjective", "DPOTrainer", "PairDataset"]
 
 
 class PairDataset(Protocol):
+    """A method `ids(item)` may say what messages call the pair."""
+
     def __len__(self) -> int: ...
 
     def pair(self, item: int, epoch: int) -> tuple[Sequence, Sequence]:
@@ -78,7 +81,9 @@ class DPOObjective:
         values = np.empty((len(dataset), 2))
         for start in range(0, len(dataset), batch_size):
             items = [(item, 0) for item in range(start, min(start + batch_size, len(dataset)))]
-            values[start:start + len(items)] = np.stack(self._reference(self.collate(dataset, items), None), axis=1)
+            micro = self.collate(dataset, items)
+            with explained("reference log-probabilities", micro, self.model):
+                values[start:start + len(items)] = np.stack(self._reference(micro, None), axis=1)
         self.precomputed = (dataset, values)
 
     def step(self, micro: Micro, update: list[Micro], step: int) -> dict[str, float]:

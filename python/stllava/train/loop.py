@@ -21,6 +21,7 @@ from .arguments import TrainingArguments
 from .callbacks import TrainerCallback, TrainerControl, TrainerState
 from .groups import default_trainable, parameter_groups
 from .guard import TrainingGuard
+from .numerics import explained
 from .plan import Plan
 from .state import find_checkpoint, resume_checkpoint, rotate, save_checkpoint
 from .update import Micro, Objective, Updater
@@ -104,7 +105,7 @@ class Trainer:
         with tqdm(total=self.plan.total_steps, initial=first, disable=args.disable_tqdm, desc=type(self).__name__.removesuffix("Trainer"),
                   unit="step", dynamic_ncols=True) as bar, atomic.appending(log_file) as log:
             for step, micros in self._updates(first):
-                entry = self._update(step, micros, guard)
+                entry = self._update(step, micros, guard, log)
                 n_items += sum(len(micro.items) for micro in micros)
                 state.global_step, state.epoch = step + 1, round(self.plan.epoch_of(step + 1), 4)
                 bar.update()
@@ -148,16 +149,18 @@ class Trainer:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _update(self, step: int, micros: list[Micro], guard: TrainingGuard) -> dict[str, Any] | None:
+    def _update(self, step: int, micros: list[Micro], guard: TrainingGuard, log: Any) -> dict[str, Any] | None:
         """One update; None if it was skipped because a number was not finite."""
         try:
             entry = self.updater.gradients(step, micros)
             guard.after_backward(step, self.plan.total_steps)
-            return {**entry, **self.updater.apply(step)}
-        except NumericsError:
+            return {**entry, **self.updater.apply(step, micros)}
+        except NumericsError as error:
             if self.args.nan_policy == "stop":
                 raise
-            self.updater.n_skipped += 1
+            epoch = round(self.plan.epoch_of(step + 1), 4)
+            self._record({"skipped": str(error), "sample_ids": error.sample_ids, "epoch": epoch, "step": step + 1}, log)
+            self.updater.skip(error)
             return None
 
     def _log(self, log: Any) -> None:
@@ -200,7 +203,9 @@ class Trainer:
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(dataset), size):
             items = [(item, 0) for item in range(start, min(start + size, len(dataset)))]
-            loss, n, values = self.objective.evaluate(self.objective.collate(dataset, items))
+            micro = self.objective.collate(dataset, items)
+            with explained("evaluation", micro, self.model):
+                loss, n, values = self.objective.evaluate(micro)
             total, weight = total + loss, weight + n
             for key, value in values.items():
                 sums[key] = sums.get(key, 0.0) + n * value

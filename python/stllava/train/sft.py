@@ -18,7 +18,7 @@ __all__ = ["SFTObjective", "SFTTrainer", "SequenceDataset", "collate_sequences"]
 
 
 class SequenceDataset(Protocol):
-    """What SFT trains on. An item is one sample, or all samples of one image."""
+    """What SFT trains on. An item is one sample, or all samples of one image. A method `ids(item)` may say what messages call them."""
 
     def __len__(self) -> int: ...
 

@@ -53,7 +53,8 @@ def _pieces(updater: Updater) -> Iterator[tuple[str, str, np.ndarray, slice]]:
 
 
 def state_json(state: TrainerState, updater: Updater, plan: Plan) -> str:
-    ours = {"plan": asdict(plan), "n_updates": updater.n_updates, "n_skipped": updater.n_skipped, "dtype": updater.model.dtype,
+    ours = {"plan": asdict(plan), "n_updates": updater.n_updates, "n_skipped": updater.n_skipped,
+            "n_skipped_in_a_row": updater.n_skipped_in_a_row, "dtype": updater.model.dtype,
             "trainable": updater.groups.order, "window": state.window, "total_loss": state.total_loss}
     fields = {"best_metric": state.best_metric, "best_model_checkpoint": None, "epoch": state.epoch, "global_step": state.global_step,
               "is_hyper_param_search": False, "is_local_process_zero": True, "is_world_process_zero": True, "log_history": state.log_history,
@@ -84,7 +85,7 @@ def resume_checkpoint(path: Path, updater: Updater, plan: Plan) -> TrainerState:
     tensors = safetensors_file.read(path / TENSOR_FILE)
     for key, _, flat, where in _pieces(updater):
         flat[where] = np.asarray(tensors[key]).reshape(-1)
-    updater.n_updates, updater.n_skipped = ours["n_updates"], ours["n_skipped"]
+    updater.n_updates, updater.n_skipped, updater.n_skipped_in_a_row = ours["n_updates"], ours["n_skipped"], ours["n_skipped_in_a_row"]
     return TrainerState(max_steps=fields["max_steps"], global_step=fields["global_step"], epoch=fields["epoch"],
                         num_train_epochs=fields["num_train_epochs"], log_history=fields["log_history"], best_metric=fields["best_metric"],
                         window=ours["window"], total_loss=ours["total_loss"])

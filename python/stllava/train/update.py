@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from stllava.tree import TreeBatch
 
 from .arguments import TrainingArguments
 from .groups import ParameterGroups
+from .numerics import all_finite, bad_tensors, explained, failure, shown
 
 __all__ = ["Micro", "Objective", "Updater"]
 
@@ -56,6 +58,7 @@ class Updater:
         self.exp_avg_sq = np.zeros_like(self.exp_avg)
         self.n_updates = 0  # that reached the optimiser: AdamW's t
         self.n_skipped = 0
+        self.n_skipped_in_a_row = 0
 
     def multiplier(self, step: int) -> float:
         """The schedule at update `step`; the first update of a warm-up has rate 0, as in transformers."""
@@ -68,22 +71,48 @@ class Updater:
         self.model.core.zero_grad()
         metrics = []
         for micro in micros:
-            try:
+            with explained(f"update {step}", micro, self.model):
                 metrics.append(self.objective.step(micro, micros, step))
-            except stllava_c.NumericError as error:
-                raise NumericsError(f"update {step}: {error}; samples of the micro-batch: {[i for i, _ in micro.items]}") from error
+            if not math.isfinite(metrics[-1]["loss"]):
+                raise failure(f"update {step}", f"the loss is {metrics[-1]['loss']}", [micro], self.model)
         return {"micro_batch_losses": [m["loss"] for m in metrics], **self.objective.combine(metrics)}
 
-    def apply(self, step: int) -> dict[str, Any]:
-        """Clips and steps. A gradient that is not finite raises NumericsError and changes nothing."""
+    def apply(self, step: int, micros: Seq[Micro] = ()) -> dict[str, Any]:
+        """Clips and steps. A gradient, moment or rate that is not finite raises NumericsError, which names `micros`, and changes nothing."""
         multiplier = self.multiplier(step)
         ranges = self.groups.ranges(multiplier)
-        norm = stllava_c.grad_norm(self.model.core, ranges)
-        if not math.isfinite(norm):
-            raise NumericsError(f"update {step}: the gradient's norm is {norm}")
-        clip = min(1.0, self.args.max_grad_norm / (norm + 1e-6)) if self.args.max_grad_norm > 0 else 1.0
+        norm, clip, problem = self._check(ranges)
+        if problem:
+            raise failure(f"update {step}", problem, micros, self.model)
         self.n_updates += 1
+        self.n_skipped_in_a_row = 0
         stllava_c.adamw_step(self.model.core, self.exp_avg, self.exp_avg_sq, ranges, beta1=self.args.adam_beta1, beta2=self.args.adam_beta2,
                              eps=self.args.adam_epsilon, step=self.n_updates, grad_scale=clip)
         return {"grad_norm": norm, "learning_rate": self.groups.base_lr[0] * multiplier,
                 "lr_groups": [lr * multiplier for lr in self.groups.base_lr]}
+
+    def _check(self, ranges: list[tuple[int, int, float, float]]) -> tuple[float, float, str | None]:
+        """The gradient's norm, the factor that clips it, and what would make weights or moments NaN or Inf in this update."""
+        largest = float(np.finfo(self.exp_avg.dtype).max)
+        rates = [lr for _, _, lr, _ in ranges if not abs(lr) <= largest]
+        if rates:
+            return 0.0, 0.0, f"the learning rate is {rates[0]}"
+        norm = stllava_c.grad_norm(self.model.core, ranges)
+        clip = min(1.0, self.args.max_grad_norm / (norm + 1e-6)) if self.args.max_grad_norm > 0 else 1.0
+        problem = None
+        if not math.isfinite(norm):
+            problem = f"the gradient's norm is {norm}: {shown(bad_tensors(self.model, self.model.core.grad.numpy())) or 'its square overflows'}"
+        elif not norm * clip <= math.sqrt(largest):  # no element is larger than the norm
+            problem = f"the square of the gradient's norm {norm:g} is beyond {self.exp_avg.dtype}; set max_grad_norm"
+        for name, moment in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            if problem is None and not all_finite(moment):
+                problem = f"the optimiser's {name} is not finite: {shown(bad_tensors(self.model, moment))}"
+        return norm, clip, problem
+
+    def skip(self, error: NumericsError) -> None:
+        """Counts an update that was left out. Raises NumericsError after more than `max_skipped` in a row."""
+        self.n_skipped += 1
+        self.n_skipped_in_a_row += 1
+        if self.n_skipped_in_a_row > self.args.max_skipped:
+            raise NumericsError(f"{self.n_skipped_in_a_row} updates in a row were left out, more than max_skipped={self.args.max_skipped}; the last: "
+                                f"{error}", sample_ids=error.sample_ids) from error
