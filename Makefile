@@ -11,7 +11,7 @@ help:
 	@echo "make demo-base   trains the demo's base model anew"
 	@echo "make test        every test; the C tests run under sanitizers, from pytest         (ARGS='-k name': part of pytest)"
 	@echo "make test-long   the exhaustive forms: every fault, thousands of damaged files, fuzzing"
-	@echo "make bench       benchmarks"
+	@echo "make bench       benchmarks against torch + peft, OpenBLAS           (ARGS=sft: rows with that in their id; STLLAVA_PEERS=PYTHON: where torch is)"
 	@echo "make asan        the core and the binding under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean       removes .venv, build/ and the built extension"
 
@@ -40,8 +40,15 @@ test: install
 test-long: install
 	$(BIN)/python -m pytest -q --long $(ARGS)
 
-bench: install
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+# Peers live in an environment of their own: never a dependency.
+PEERS := build/peers
+bench: install $(if $(STLLAVA_PEERS),,$(PEERS)/installed)
+	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS) || exit 1; done
+
+$(PEERS)/installed: benchmarks/peers/requirements.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
 
 # An installation of its own, run from another folder: the checkout holds the extension of `make install`.
 ASAN := $(CURDIR)/build/asan
