@@ -53,7 +53,8 @@ def run_lock(output: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a file that stays names a run that is over
             os.unlink(path)
-        os.close(descriptor)
+        with suppress(OSError):
+            os.close(descriptor)
 
 
 def _open(path: Path, output: Path) -> int:
@@ -62,15 +63,16 @@ def _open(path: Path, output: Path) -> int:
         descriptor = system_call(path, os.open, path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             is_ours = _flock(descriptor)
-            owner = _read(descriptor)
+            owner = _read(path, descriptor)
             if not is_ours or _is_alive(owner):
                 raise LockedError(_refusal(output, path, owner), path=path, owner=owner)
             if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BaseException:
-            os.close(descriptor)
+            with suppress(OSError):
+                os.close(descriptor)
             raise
-        os.close(descriptor)  # its owner removed it between our open and our flock
+        system_call(path, os.close, descriptor)  # its owner removed it between our open and our flock
 
 
 def _flock(descriptor: int) -> bool:
@@ -83,10 +85,11 @@ def _flock(descriptor: int) -> bool:
     return True
 
 
-def _read(descriptor: int) -> dict[str, Any]:
+def _read(path: Path, descriptor: int) -> dict[str, Any]:
+    content = system_call(path, os.pread, descriptor, 1 << 16, 0)
     try:
-        owner = json.loads(os.pread(descriptor, 1 << 16, 0))
-    except ValueError:
+        owner = json.loads(content)
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 
@@ -109,7 +112,7 @@ def _refusal(output: Path, path: Path, owner: dict[str, Any]) -> str:
 
 def _ourselves() -> dict[str, Any]:
     return {"pid": os.getpid(), "process_start": _process_start(os.getpid()), "host": socket.gethostname(), "boot": _boot(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.orig_argv)}
+            "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(shlex.join(sys.orig_argv).split())[:200]}
 
 
 def _boot() -> str:
