@@ -1,6 +1,7 @@
 """Checkpoint files: bytes on disk <-> NumPy arrays under canonical tensor names.
 
-    atomic            every write: temporary name, fsync, rename; directories with a manifest of hashes
+    atomic            every write: temporary name, fsync, rename; directories with a manifest of hashes; lines that are appended
+    lock              one run per output
     strict_json       JSON without duplicate keys, NaN or surprises in size
     tensor_file       dtypes, limits, the mapping name -> array that all readers return
     safetensors_file  one .safetensors file
