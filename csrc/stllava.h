@@ -119,7 +119,7 @@ stv_status stv_model_bind(stv_model *model, const char *name, const void *data, 
 
 /* Puts an adapter on a linear module ("model.layers.0.mlp.up_proj"); its two tensors appear unbound at the end of the table.
  * scale = alpha/r (alpha/sqrt(r) for rsLoRA). Errors: name (no such linear), argument, state (has one already, or runs exist). */
-stv_status stv_model_add_lora(stv_model *model, const char *module, int64_t rank, double scale, double dropout);
+stv_status stv_model_add_lora(stv_model *model, const char *name, int64_t rank, double scale, double dropout);
 int64_t stv_model_n_linear(const stv_model *model);
 const char *stv_model_linear_name(const stv_model *model, int64_t i); /* modules that can carry an adapter */
 

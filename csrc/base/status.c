@@ -9,7 +9,7 @@ stv_status stv_fail(stv_status code, const char *fmt, ...)
 {
     va_list args;
     va_start(args, fmt);
-    vsnprintf(last_error, sizeof last_error, fmt, args);
+    (void)vsnprintf(last_error, sizeof last_error, fmt, args);
     va_end(args);
     return code;
 }

@@ -85,7 +85,7 @@ static bool is_harmless(const uint8_t *name, const uint8_t *data, size_t n)
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (!memcmp(name, names[i], 4)) return true;
     static const char exif_in_text[] = "Raw profile type"; /* where older writers hide the orientation */
-    return !memcmp(name, "tEXt", 4) && (n < sizeof exif_in_text - 1 || memcmp(data, exif_in_text, sizeof exif_in_text - 1));
+    return !memcmp(name, "tEXt", 4) && (n < sizeof exif_in_text - 1 || memcmp(data, exif_in_text, sizeof exif_in_text - 1) != 0);
 }
 
 static stv_status walk_png(header *h, const file *f)
@@ -101,7 +101,7 @@ static stv_status walk_png(header *h, const file *f)
         at += n + 12;
         if (is_first != !memcmp(name, "IHDR", 4) || (is_first && n != 13))
             return stv_fail(STV_ERR_FORMAT, "PNG: wants one IHDR chunk of 13 bytes, first");
-        const bool idat_ended = n_idat > 0 && memcmp(name, "IDAT", 4);
+        const bool idat_ended = n_idat > 0 && memcmp(name, "IDAT", 4) != 0;
         if (is_first) {
             STV_TRY(read_ihdr(h, data, &palette_bits));
         } else if (!memcmp(name, "IDAT", 4)) {

@@ -2,6 +2,7 @@
 
 #include "base/alloc.h"
 
+#include <assert.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -64,7 +65,7 @@ static const char *join(text out, const char *format, ...)
 {
     va_list args;
     va_start(args, format);
-    vsnprintf(out, sizeof(text), format, args);
+    (void)vsnprintf(out, sizeof(text), format, args);
     va_end(args);
     return out;
 }
@@ -143,7 +144,7 @@ static void add_projector(builder *b)
     case STV_PROJECTOR_IDENTITY: break;
     case STV_PROJECTOR_LINEAR: p->mlp[p->n_mlp++] = add_affine(b, "model.mm_projector", D, E); break;
     case STV_PROJECTOR_MLP: /* numbers of torch's Sequential: every second module is an activation */
-        for (int64_t i = 0; i < c->depth; i++) p->mlp[p->n_mlp++] = add_affine(b, join(t, PROJECTOR "%lld", (long long)(2 * i)), D, i ? D : E);
+        for (int64_t i = 0; i < c->depth; i++) p->mlp[p->n_mlp++] = add_affine(b, join(t, PROJECTOR "%lld", 2 * (long long)i), D, i ? D : E);
         break;
     case STV_PROJECTOR_CLUSTER:
         p->sim_alpha = add_tensor(b, PROJECTOR "sim_alpha", 3, (int64_t[]){1, 1, 1});
@@ -202,7 +203,7 @@ stv_status stv_model_create(stv_model **out, stv_context *context, const stv_mod
     model->context = context;
     model->config = *config;
     model->dtype = dtype;
-    builder b = {.model = model};
+    builder b = {.model = model, .part = STV_PART_VISION};
     if (config->has_vision) add_vision(&b);
     if (config->has_projector) add_projector(&b);
     if (config->has_decoder) add_decoder(&b);
@@ -337,8 +338,9 @@ stv_status stv_model_add_lora(stv_model *model, const char *name, int64_t rank, 
     int a_number = add_matrix(&b, join(t, "%s.lora_A.weight", name), rank, n_in);
     if (!b.out_of_memory) {
         int b_number = add_matrix(&b, join(t, "%s.lora_B.weight", name), n_out, rank);
-        if (b.out_of_memory) stv_free(model->params[--model->n_params].name);
-        else {
+        if (b.out_of_memory) {
+            stv_free(model->params[--model->n_params].name);
+        } else {
             stv_module *module = &model->modules[i];
             module->lora_a = a_number, module->lora_b = b_number;
             module->rank = rank, module->scale = scale, module->dropout = dropout;
@@ -422,6 +424,7 @@ static void move_values(stv_model *model, const layout *next)
         p->offset = next->offset[i];
         if (!p->data || (!trained && !trains)) continue;
         void *place = trains ? (char *)next->theta + (size_t)p->offset * item : p->own;
+        assert(place); /* allocated by the step that cannot be undone any more */
         memcpy(place, p->data, (size_t)p->size * item);
         p->data = place;
         if (trains) {

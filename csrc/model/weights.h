@@ -27,7 +27,7 @@ stv_weights stv_weights_init(const stv_model *model, const stv_forward_options *
 
 const real *stv_weight(const stv_weights *weights, int tensor);
 real *stv_weight_grad(const stv_weights *weights, int tensor);
-stv_linear stv_weights_linear(const stv_weights *weights, int module);
+stv_linear stv_weights_linear(const stv_weights *weights, int number);
 stv_linear stv_weights_affine(const stv_weights *weights, stv_affine affine); /* a linear layer that carries no adapter */
 stv_norm stv_weights_norm(const stv_weights *weights, stv_affine affine, double eps);
 

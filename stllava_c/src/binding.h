@@ -102,9 +102,9 @@ typedef struct model_object {
 static inline model_object *model_ref(model_object *model) { return (model_object *)Py_NewRef((PyObject *)model); }
 
 /* Takes the lock; -1 with an exception when the model is closed. model_leave gives it back; both with the GIL. */
-int model_enter(model_object *model);
-void model_leave(model_object *model);
-void model_lock(model_object *model); /* closed or not: for deallocation */
+int model_enter(model_object *self);
+void model_leave(model_object *self);
+void model_lock(model_object *self); /* closed or not: for deallocation */
 
 /* A Tensor on memory that a model's lock and generation guard, or that `holder` keeps alive (holder NULL: the core's own). */
 PyObject *tensor_view_new(model_object *model, PyObject *holder, PyObject *name, int ndim, const int64_t *shape, void *data);

@@ -80,7 +80,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     PyObject *values;
     const char *dtype = "f32";
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s:Model", names, &PyDict_Type, &values, &dtype)) return NULL;
-    if (strcmp(dtype, "f32") && strcmp(dtype, "f64")) return PyErr_Format(PyExc_ValueError, "Model: dtype is '%s', supported: f32, f64", dtype);
+    if (strcmp(dtype, "f32") != 0 && strcmp(dtype, "f64") != 0) return PyErr_Format(PyExc_ValueError, "Model: dtype is '%s', supported: f32, f64", dtype);
 
     model_object *self = (model_object *)new_instance(type);
     if (!self) return NULL;

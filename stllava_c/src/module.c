@@ -233,4 +233,5 @@ static PyModuleDef definition = {
     .m_free = module_free,
 };
 
+/* NOLINTNEXTLINE(misc-use-internal-linkage): Python looks it up by name */
 PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }

@@ -17,12 +17,12 @@ typedef struct run_object {
 } run_object;
 
 /* Lets go of what the last call borrowed; nothing of it can be asked for or differentiated any more. */
-void run_forget_last(run_object *run);
+void run_forget_last(run_object *self);
 /* With the lock: -1 and an Error unless the last call was of this kind. */
-int run_check_last(run_object *run, last_call wanted, const char *what, const char *before);
+int run_check_last(run_object *self, last_call wanted, const char *what, const char *before);
 /* An array of the model's dtype. */
-PyObject *run_real_copy(run_object *run, int ndim, const Py_ssize_t *shape, const void *data);
-Py_ssize_t run_tokens_per_image(run_object *run);
+PyObject *run_real_copy(run_object *self, int ndim, const Py_ssize_t *shape, const void *data);
+Py_ssize_t run_tokens_per_image(run_object *self);
 
 /* ---- run_parts.c --------------------------------------------------------------------------------------------------------------- */
 

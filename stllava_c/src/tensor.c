@@ -33,7 +33,7 @@ bool buffer_kind(const Py_buffer *view, array_kind *kind)
     if (*format == '@' || *format == '=' || (*format == '<' && PY_LITTLE_ENDIAN)) format++;
     if (!format[0] || format[1]) return false;
     char c = format[0];
-    if (c == 'l' || c == 'L') c = view->itemsize == 8 ? (c == 'l' ? 'q' : 'Q') : (c == 'l' ? 'i' : 'I');
+    if (c == 'l' || c == 'L') c = (view->itemsize == 8 ? "qQ" : "iI")[c == 'L'];
     for (int i = 0; i < KIND_COUNT; i++) {
         if (array_kinds[i].format[0] != c || array_kinds[i].size_bytes != view->itemsize) continue;
         *kind = (array_kind)i;
@@ -182,7 +182,7 @@ static PyObject *zeros(PyObject *type, PyObject *args, PyObject *kwargs)
     const char *dtype = "f32";
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|s:zeros", names, &shape_value, &dtype)) return NULL;
     int kind = 0;
-    while (kind < KIND_COUNT && strcmp(array_kinds[kind].name, dtype)) kind++;
+    while (kind < KIND_COUNT && strcmp(array_kinds[kind].name, dtype) != 0) kind++;
     if (kind == KIND_COUNT) return PyErr_Format(PyExc_ValueError, "Tensor.zeros: dtype is '%s', supported: f32, f64, i32, i64, u64, u8", dtype);
     Py_ssize_t shape[TENSOR_MAX_DIM];
     int ndim = parse_shape(shape_value, shape);
