@@ -339,7 +339,7 @@ stv_status stv_generator_finish(stv_generator *generator, int64_t i); /* stop th
  * beyond the limits of image/decode.h. */
 stv_status stv_image_probe(const void *bytes, size_t n, int *width_px, int *height_px, int *channels, int *bits);
 /* Fills rgb (height_px, width_px, 3); rgb_bytes must be exactly that. The whole file is checked first: PNG structure and
- * checksums, BMP length. Errors: format = damaged or truncated; unsupported; shape. */
+ * checksums, BMP length. Errors: format = damaged or truncated; unsupported; shape; memory. */
 stv_status stv_image_decode(const void *bytes, size_t n, uint8_t *rgb, size_t rgb_bytes);
 
 typedef struct stv_image_options {

@@ -195,7 +195,15 @@ stv_status stv_image_probe(const void *bytes, size_t n, int *width_px, int *heig
 /* No single buffer of an admitted picture is larger; a PNG that inflates beyond it is refused. */
 enum { STB_MAX_BYTES = 4 * STV_IMAGE_MAX_PIXELS + 8 * STV_IMAGE_MAX_SIDE_PX };
 
-static void *stb_alloc(size_t size_bytes) { return size_bytes <= STB_MAX_BYTES ? stv_alloc_zero(size_bytes) : NULL; }
+static _Thread_local bool out_of_memory; /* why the last decoding failed, if not for a damaged picture */
+
+static void *stb_alloc(size_t size_bytes)
+{
+    if (size_bytes > STB_MAX_BYTES) return NULL;
+    void *p = stv_alloc_zero(size_bytes);
+    if (!p) out_of_memory = true;
+    return p;
+}
 
 static void *stb_realloc(void *old, size_t old_bytes, size_t new_bytes)
 {
@@ -223,7 +231,9 @@ static void *stb_realloc(void *old, size_t old_bytes, size_t new_bytes)
 static stv_status decode(uint8_t *rgb, const header *h, const void *bytes, size_t n)
 {
     int width_px, height_px, channels;
+    out_of_memory = false;
     uint8_t *decoded = stbi_load_from_memory(bytes, (int)n, &width_px, &height_px, &channels, 3);
+    if (!decoded && out_of_memory) return stv_fail(STV_ERR_MEMORY, "image: no memory for decoding %dx%d pixels", h->width_px, h->height_px);
     if (!decoded) return stv_fail(STV_ERR_FORMAT, "image: damaged, the pixels of %dx%d cannot be decoded", h->width_px, h->height_px);
     if (width_px != h->width_px || height_px != h->height_px) {
         stbi_image_free(decoded);

@@ -36,6 +36,9 @@ int convert_u64(PyObject *value, void *to); /* "O&" converter to uint64_t */
 /* A required keyword-only argument: -1 with TypeError when it was not given. */
 int check_given(PyObject *value, const char *function, const char *name);
 
+/* dict[key], borrowed: 1 found, 0 not there, -1 error. PyDict_GetItemString takes a want of memory for "not there". */
+int find_item(PyObject *dict, const char *key, PyObject **item);
+
 /* tp_alloc, and the last step of tp_dealloc. */
 PyObject *new_instance(PyTypeObject *type);
 void free_instance(PyObject *self);

@@ -166,14 +166,20 @@ static PyObject *generator_step(PyObject *object, PyObject *unused)
     generator_object *self = (generator_object *)object;
     Py_ssize_t n = (Py_ssize_t)self->n;
     void *tokens_data, *logp_data;
-    PyObject *tokens = array_new(KIND_I32, 1, &n, &tokens_data), *logp = array_new(KIND_F64, 1, &n, &logp_data), *result = NULL;
-    if (tokens && logp && generator_enter(self) == 0) {
+    PyObject *tokens = array_new(KIND_I32, 1, &n, &tokens_data), *logp = array_new(KIND_F64, 1, &n, &logp_data);
+    PyObject *result = tokens && logp ? PyTuple_Pack(2, tokens, logp) : NULL; /* before the step: a drawn token must not get lost */
+    if (result && generator_enter(self) < 0) {
+        Py_CLEAR(result);
+    } else if (result) {
         stv_status status;
         Py_BEGIN_ALLOW_THREADS
         status = stv_generator_step(self->generator, tokens_data, logp_data);
         Py_END_ALLOW_THREADS
         model_leave(self->model);
-        result = status == STV_OK ? PyTuple_Pack(2, tokens, logp) : raise_status(state_of(object), status);
+        if (status != STV_OK) {
+            Py_CLEAR(result);
+            raise_status(state_of(object), status);
+        }
     }
     Py_XDECREF(tokens);
     Py_XDECREF(logp);

@@ -238,31 +238,40 @@ static PyObject *model_bind(PyObject *object, PyObject *args, PyObject *kwargs)
     const char *name;
     PyObject *array;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO:bind", names, &name, &array)) return NULL;
-    PyObject *what = PyUnicode_FromFormat("Model.bind: %s", name);
+    PyObject *key = PyUnicode_FromString(name), *what = PyUnicode_FromFormat("Model.bind: %s", name), *holder = NULL;
+    const char *what_text = what ? PyUnicode_AsUTF8AndSize(what, NULL) : NULL;
     const void *data;
     Py_ssize_t n;
-    PyObject *holder = what ? tensor_borrow(state_of(object), array, PyUnicode_AsUTF8AndSize(what, NULL), real_kind(self->dtype), &n, &data) : NULL;
+    if (key && what_text) holder = tensor_borrow(state_of(object), array, what_text, real_kind(self->dtype), &n, &data);
     Py_XDECREF(what);
     if (!holder || model_enter(self) < 0) {
         Py_XDECREF(holder);
+        Py_XDECREF(key);
         return NULL;
     }
     stv_tensor_info info;
     if (find_tensor(self, "Model.bind", name, &info)) {
-        bool core_owned = info.data && info.offset < 0 && !PyDict_GetItemString(self->bindings, name); /* it trained once; would be freed */
+        PyObject *before = Py_XNewRef(PyDict_GetItemWithError(self->bindings, key));
+        bool frozen = info.offset < 0, core_owned = frozen && info.data && !before; /* it trained once; would be freed */
         if (core_owned && self->exports > 0) {
             PyErr_Format(PyExc_BufferError, "Model.bind: %s: arrays or memoryviews on the model's memory are alive; delete or copy them first", name);
-        } else {
+        } else if (!frozen || PyDict_SetItem(self->bindings, key, holder) == 0) { /* first: what the core borrows must have a holder */
             stv_status status;
             Py_BEGIN_ALLOW_THREADS
             status = stv_model_bind(self->model, name, data, n);
             Py_END_ALLOW_THREADS
-            if (status != STV_OK) raise_status(state_of(object), status);
-            else if (info.offset < 0) PyDict_SetItemString(self->bindings, name, holder); /* lets go of the array bound before */
-            self->generation += core_owned;
+            if (status == STV_OK) {
+                self->generation += core_owned;
+            } else { /* putting back what was there takes no memory */
+                if (before) PyDict_SetItem(self->bindings, key, before);
+                else if (frozen) PyDict_DelItem(self->bindings, key);
+                raise_status(state_of(object), status);
+            }
         }
+        Py_XDECREF(before); /* lets go of the array bound before */
     }
     Py_DECREF(holder);
+    Py_DECREF(key);
     model_leave(self);
     if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
@@ -279,16 +288,19 @@ static PyObject *model_tensor(PyObject *object, PyObject *args, PyObject *kwargs
 {
     static char *names[] = {"name", NULL};
     model_object *self = (model_object *)object;
-    PyObject *name;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U:tensor", names, &name)) return NULL;
-    const char *text = PyUnicode_AsUTF8AndSize(name, NULL);
-    if (!text || model_enter(self) < 0) return NULL;
-    stv_tensor_info info;
-    PyObject *view = NULL;
-    if (find_tensor(self, "Model.tensor", text, &info)) {
-        if (info.data) view = tensor_view_new(self, PyDict_GetItemString(self->bindings, text), name, info.ndim, info.shape, info.data);
-        else raise_state(state_of(object), "Model.tensor: '%s' is not bound", text);
+    const char *name;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s:tensor", names, &name)) return NULL;
+    PyObject *key = PyUnicode_FromString(name), *view = NULL;
+    if (!key || model_enter(self) < 0) {
+        Py_XDECREF(key);
+        return NULL;
     }
+    stv_tensor_info info;
+    if (find_tensor(self, "Model.tensor", name, &info)) {
+        if (info.data) view = tensor_view_new(self, PyDict_GetItemWithError(self->bindings, key), key, info.ndim, info.shape, info.data);
+        else raise_state(state_of(object), "Model.tensor: '%s' is not bound", name);
+    }
+    Py_DECREF(key);
     model_leave(self);
     return view;
 }
@@ -379,22 +391,22 @@ static PyObject *model_effective_weight(PyObject *object, PyObject *args, PyObje
 {
     static char *names[] = {"module", NULL};
     model_object *self = (model_object *)object;
-    PyObject *module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U:effective_weight", names, &module)) return NULL;
-    PyObject *weight = PyUnicode_FromFormat("%U.weight", module), *array = NULL;
-    if (!weight || model_enter(self) < 0) {
+    const char *module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s:effective_weight", names, &module)) return NULL;
+    PyObject *weight = PyUnicode_FromFormat("%s.weight", module), *array = NULL;
+    const char *name = weight ? PyUnicode_AsUTF8AndSize(weight, NULL) : NULL;
+    if (!name || model_enter(self) < 0) {
         Py_XDECREF(weight);
         return NULL;
     }
     stv_tensor_info info;
-    if (find_tensor(self, "Model.effective_weight", PyUnicode_AsUTF8AndSize(weight, NULL), &info)) {
+    if (find_tensor(self, "Model.effective_weight", name, &info)) {
         Py_ssize_t shape[2] = {(Py_ssize_t)info.shape[0], (Py_ssize_t)(info.size / info.shape[0])};
         void *data;
         if ((array = array_new(real_kind(self->dtype), 2, shape, &data))) {
-            const char *name = PyUnicode_AsUTF8AndSize(module, NULL);
             stv_status status;
             Py_BEGIN_ALLOW_THREADS
-            status = stv_model_effective_weight(self->model, name, data);
+            status = stv_model_effective_weight(self->model, module, data);
             Py_END_ALLOW_THREADS
             if (status != STV_OK) {
                 Py_CLEAR(array);
@@ -457,8 +469,10 @@ static PyObject *model_set_trainable(PyObject *object, PyObject *args, PyObject 
     Py_END_ALLOW_THREADS
     if (status == STV_OK) {
         self->generation++;
-        for (Py_ssize_t i = 0; i < n; i++)
-            if (PyDict_GetItemString(self->bindings, texts[i])) PyDict_DelItemString(self->bindings, texts[i]);
+        for (Py_ssize_t i = 0; i < n; i++) {
+            PyObject *name = PyTuple_GetItem(tuple, i); /* itself the key: nothing that happens now may want memory */
+            if (PyDict_GetItemWithError(self->bindings, name)) PyDict_DelItem(self->bindings, name);
+        }
     }
     PyMem_Free(texts);
     Py_DECREF(tuple);

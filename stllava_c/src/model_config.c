@@ -75,6 +75,7 @@ enum { N_PARTS = sizeof parts / sizeof *parts };
 static int take_choice(const part *p, const field *f, PyObject *value, int *chosen)
 {
     const char *text = PyUnicode_Check(value) ? PyUnicode_AsUTF8AndSize(value, NULL) : NULL;
+    if (PyErr_Occurred()) return -1;
     for (*chosen = 0; text && f->choices[*chosen]; ++*chosen)
         if (!strcmp(f->choices[*chosen], text)) return 0;
     PyObject *known = PyUnicode_FromString("");
@@ -131,7 +132,8 @@ static int take_part(const part *p, PyObject *values, char *to)
     PyObject *rest = PyDict_Copy(values);
     if (!rest) return -1;
     for (const field *f = p->fields; f->key && !PyErr_Occurred(); f++) {
-        PyObject *value = PyDict_GetItemString(values, f->key);
+        PyObject *value;
+        if (find_item(values, f->key, &value) < 0) break;
         if (!value && f->required) PyErr_Format(PyExc_ValueError, "Model: config: %s lacks '%s'", p->key, f->key);
         if (value && take_field(p, f, value, to + f->offset) == 0) PyDict_DelItemString(rest, f->key);
     }

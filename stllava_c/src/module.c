@@ -38,6 +38,14 @@ int check_given(PyObject *value, const char *function, const char *name)
     return value ? 0 : -1;
 }
 
+int find_item(PyObject *dict, const char *key, PyObject **item)
+{
+    PyObject *text = PyUnicode_FromString(key);
+    *item = text ? PyDict_GetItemWithError(dict, text) : NULL;
+    Py_XDECREF(text);
+    return *item ? 1 : PyErr_Occurred() ? -1 : 0;
+}
+
 /* ---- functions ------------------------------------------------------------------------------------------------------------- */
 
 PyDoc_STRVAR(build_info_doc,
@@ -94,6 +102,29 @@ static PyObject *allocations(PyObject *module, PyObject *unused)
     return PyLong_FromUnsignedLongLong(stv_allocations());
 }
 
+PyDoc_STRVAR(live_allocations_doc, "_live_allocations()\n--\n\nFor tests: memory blocks of the core not freed yet.");
+
+static PyObject *live_allocations(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyLong_FromUnsignedLongLong(stv_allocations_live());
+}
+
+/* In every build, so that the tests run against the extension that is shipped; what it costs is said in csrc/base/alloc.h. */
+PyDoc_STRVAR(fail_allocation_doc, "_fail_allocation(n, forever=False)\n--\n\n"
+                                  "For tests: the core's n-th allocation from now (1: the next) fails, and with forever all after it; 0: none does.");
+
+static PyObject *fail_allocation(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    (void)module;
+    static char *names[] = {"n", "forever", NULL};
+    uint64_t n;
+    int forever = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&|p:_fail_allocation", names, convert_u64, &n, &forever)) return NULL;
+    stv_allocations_fail_at(n, forever);
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(fill_uniform_doc, "fill_uniform(out, low, high, seed, stream)\n--\n\n"
                                "Fills a buffer with uniform draws, the same for the same seed and stream on every machine.\n\n"
                                "Args:\n"
@@ -138,6 +169,8 @@ static PyMethodDef functions[] = {
     {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads, METH_VARARGS | METH_KEYWORDS, set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"allocations", allocations, METH_NOARGS, allocations_doc},
+    {"_live_allocations", live_allocations, METH_NOARGS, live_allocations_doc},
+    {"_fail_allocation", (PyCFunction)(void (*)(void))fail_allocation, METH_VARARGS | METH_KEYWORDS, fail_allocation_doc},
     {"fill_uniform", (PyCFunction)(void (*)(void))fill_uniform, METH_VARARGS | METH_KEYWORDS, fill_uniform_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -193,8 +193,9 @@ static PyObject *zeros(PyObject *type, PyObject *args, PyObject *kwargs)
     size_t room = ((size_t)self->size_bytes + 63) / 64 * 64;
     self->data = self->owned = aligned_alloc(64, room ? room : 64);
     if (!self->owned) {
+        PyErr_Format(PyExc_MemoryError, "Tensor.zeros: no memory for %zd bytes", self->size_bytes);
         Py_DECREF((PyObject *)self);
-        return PyErr_NoMemory();
+        return NULL;
     }
     memset(self->owned, 0, room);
     return (PyObject *)self;

@@ -9,6 +9,7 @@ static core_state *module_state(PyObject *module) { return PyModule_GetState(mod
 static int take_name(PyObject *value, const char *what, const char *const *names)
 {
     const char *text = PyUnicode_Check(value) ? PyUnicode_AsUTF8AndSize(value, NULL) : NULL;
+    if (PyErr_Occurred()) return -1;
     for (int i = 0; text && names[i]; i++)
         if (!strcmp(names[i], text)) return i;
     PyObject *known = PyUnicode_FromString(names[0]);
@@ -178,9 +179,11 @@ static stv_adamw_range *take_ranges(PyObject *value, const char *what, Py_ssize_
             ranges[i].begin = begin;
             ranges[i].end = end;
         } else {
-            PyErr_Clear();
-            PyErr_Format(PyExc_TypeError, "%s: ranges[%zd]: want (begin: int, end: int, lr: float, weight_decay: float), got %R", what, i,
-                         PyTuple_GetItem(rows, i));
+            if (!PyErr_Occurred() || !PyErr_ExceptionMatches(PyExc_MemoryError)) {
+                PyErr_Clear();
+                PyErr_Format(PyExc_TypeError, "%s: ranges[%zd]: want (begin: int, end: int, lr: float, weight_decay: float), got %R", what, i,
+                             PyTuple_GetItem(rows, i));
+            }
             PyMem_Free(ranges);
             ranges = NULL;
         }

@@ -34,8 +34,9 @@ def parameters_of_runtime(function: object) -> list[tuple[str, str, object]]:
 
 
 def test_names():
-    runtime = {name for name in dir(_core) if not name.startswith("_")}
-    assert runtime == set(FUNCTIONS) | set(CLASSES) | CONSTANTS == set(stllava_c.__all__)
+    runtime = {name for name in dir(_core) if not name.startswith("__")}
+    assert runtime == set(FUNCTIONS) | set(CLASSES) | CONSTANTS
+    assert {name for name in runtime if not name.startswith("_")} == set(stllava_c.__all__)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
