@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 CORE, BINDING = HERE / "csrc", HERE / "stllava_c" / "src"
-VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "python/stllava/__init__.py").read_text(), re.M)[1]
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "python/stllava/__init__.py").read_text(), re.MULTILINE)[1]
 
 # Numbers must be a property of the source, not of the compiler's mood: no -ffast-math, and no contraction of a*b+c, which would give
 # clones of one function for several CPUs different bits. The two -fno switches change no value: nobody reads errno after sqrt, nobody
@@ -70,8 +70,8 @@ def core_sources() -> list[tuple[Path, list[str], str]]:
     for line in (CORE / "sources.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             kind, name = line.split()
-            for bits in ("32", "64") if kind == "typed" else ("",):
-                objects.append((CORE / name, [f"-DSTV_REAL_BITS={bits}"] if bits else [], name + bits))
+            variants = ("32", "64") if kind == "typed" else ("",)
+            objects += [(CORE / name, [f"-DSTV_REAL_BITS={bits}"] if bits else [], name + bits) for bits in variants]
     return objects
 
 
@@ -142,7 +142,7 @@ class Build(build_ext):
             probe = Path(folder, "probe.c")
             probe.write_text(text)
             command = [*self.cc, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
-            return subprocess.run(command, capture_output=True).returncode == 0
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _build_cuda(self, libs: Path) -> None:
         """The GPU kernels as libs/libstllava_cuda.so, which nothing loads before a GPU is asked for; so the CPU build is the same without."""
@@ -161,7 +161,7 @@ class Build(build_ext):
                        *map(str, sources), "-o", str(target)]
             if not target.exists() or any(i.stat().st_mtime > target.stat().st_mtime for i in inputs):
                 self.objects.mkdir(parents=True, exist_ok=True)
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
                 problem = f"{shlex.join(command)}\n{done.stdout}{done.stderr}" if done.returncode else ""
             else:
                 problem = ""
@@ -193,7 +193,7 @@ def up_to_date(target: Path) -> bool:
 
 
 def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"setup.py: the compiler failed\n{shlex.join(command)}\n{done.stdout}{done.stderr}")
     if done.stderr:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from cases import CASES, Model
 from harness import OURS, PEERS, Row, Worker, main, make_row, seconds_at_peak, take_turns, time_to_first
-from stllava.checkpoint.atomic import atomic_directory
+
 from stllava.config import LlavaConfig
 from stllava.demo.base import fresh_weights
 from stllava.model import LlavaModel

@@ -62,7 +62,7 @@ class Worker:
         env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
                "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self.process = subprocess.Popen([*command, str(HERE / args[0]), *args[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-                                        preexec_fn=lambda: os.sched_setaffinity(0, cores[-threads:]))
+                                        preexec_fn=lambda: os.sched_setaffinity(0, cores[-threads:]))  # noqa: PLW1509 - before there are threads
 
     def run(self, repeat: int = 1) -> dict[str, float]:
         self.process.stdin.write(f"run {repeat}\n")
@@ -125,8 +125,8 @@ def compile_c(source: str, *flags: str) -> Path:
     """benchmarks/SOURCE for this machine, into build/bench."""
     BUILD.mkdir(parents=True, exist_ok=True)
     target = BUILD / Path(source).stem
-    subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-Wall", "-Wextra", "-pthread", str(HERE / source), "-o", str(target),
-                    *flags, "-lm"], check=True)
+    subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-Wall", "-Wextra", "-pthread",
+                    str(HERE / source), "-o", str(target), *flags, "-lm"], check=True)
     return target
 
 

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-import stllava_c
 from cases import BETA, CASES, IGNORE, IMAGE_TOKEN, LEARNING_RATE, MAX_GRAD_NORM, Case
+from worker import serve
+
+import stllava_c
 from stllava.checkpoint.names import lora_pair
 from stllava.checkpoint.peft import LoraConfig
 from stllava.model import LlavaModel
@@ -18,7 +20,6 @@ from stllava.train.groups import default_trainable, parameter_groups
 from stllava.train.sft import SFTObjective
 from stllava.train.update import Updater
 from stllava.tree import Sequence
-from worker import serve
 
 
 class CaseDataset:

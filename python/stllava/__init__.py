@@ -25,7 +25,7 @@ _WHERE = {
     "evaluate_vqa": "evaluate.vqa", "ImageProcessor": "images", "LlavaModel": "model", "Tokenizer": "text.tokenizer",
     "DPOConfig": "train.arguments", "SFTConfig": "train.arguments", "TrainerCallback": "train.callbacks", "DPOTrainer": "train.dpo",
     "SFTTrainer": "train.sft"}
-__all__ = ["__version__", *_WHERE]
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - the keys are strings
 
 
 def __getattr__(name: str) -> Any:

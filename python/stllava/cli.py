@@ -204,8 +204,8 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
 
 
 def run_answer(args: argparse.Namespace) -> None:
-    from .selftrain.answer import AnswerSettings, answer
     from .data.records import read_jsonl
+    from .selftrain.answer import AnswerSettings, answer
     folder = Path(args.image_folder)
     answer(_model(args), read_jsonl(args.questions), lambda name: str(folder / name), AnswerSettings(**take_fields(args, AnswerSettings)), out=args.out)
 
@@ -219,8 +219,8 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
 
 
 def run_judge(args: argparse.Namespace) -> None:
-    from .selftrain.judge import RecordedJudge, judge
     from .data.records import read_jsonl
+    from .selftrain.judge import RecordedJudge, judge
     replies = {(row["image"], row["question"], *row["answers"]): row["raw"] for row in read_jsonl(args.replies)}
     judge(read_jsonl(args.answers), RecordedJudge(replies), both_orders=not args.one_order, out=args.out)
 
@@ -235,8 +235,8 @@ def add_pairs(parser: argparse.ArgumentParser) -> None:
 def run_pairs(args: argparse.Namespace) -> None:
     from .checkpoint.atomic import write_bytes
     from .checkpoint.lock import run_lock
-    from .selftrain.pairs import PairSettings, build_pairs
     from .data.records import read_jsonl
+    from .selftrain.pairs import PairSettings, build_pairs
     pairs, dropped = build_pairs(read_jsonl(args.judged), lambda name: name, PairSettings(**take_fields(args, PairSettings)))
     with run_lock(args.out):
         write_bytes(args.out, json.dumps(pairs, indent=1).encode())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 import stllava_c
 
 from .constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -131,7 +132,7 @@ def score(model: LlavaModel, prompt: str, answers: Seq[str], images: Seq[object]
     pictures = dict(enumerate(model.pixels(images))) if images else {}
     sequences = []
     for answer in answers:
-        tail = model.tokenizer.encode(answer, add_bos=False, parse_special=False) + [model.tokenizer.eos_token_id]
+        tail = [*model.tokenizer.encode(answer, add_bos=False, parse_special=False), model.tokenizer.eos_token_id]
         sequences.append(Sequence(head + tail, [-100] * len(head) + tail, tuple(pictures)))
     return model.logps(sequences, pictures)
 
@@ -167,7 +168,7 @@ def chat(model: LlavaModel, messages: Seq[Mapping[str, str]], images: Seq[object
 
 def stream(model: LlavaModel, prompt: str, images: Seq[object] = (), **options: object) -> Iterator[str]:
     """Yields the text of one continuation piece by piece (options as for the core's Generator: max_new_tokens, temperature, ...)."""
-    trees, batch = model.batch([Sequence(_ids(model, prompt, 0), None, tuple(range(len(images))))])
+    _trees, batch = model.batch([Sequence(_ids(model, prompt, 0), None, tuple(range(len(images))))])
     decoder = stllava_c.Generator(model.core, batch, pixels=model.pixels(images) if images else None, adapters=model.adapters_enabled,
                                   eos_ids=[model.tokenizer.eos_token_id], **options)
     ids: list[int] = []

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
-import stllava_c
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
+import stllava_c
 from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError, FormatError
@@ -184,7 +184,7 @@ def _orientation(image: Image.Image) -> int:
     """1..8; 1 (upright) also where the EXIF block cannot be parsed, as viewers do."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # the block is a TIFF file of its own, with as many ways to be damaged
+    except Exception:  # noqa: BLE001 - the block is a TIFF file of its own, with as many ways to be damaged
         return 1
     return value if value in range(1, 9) else 1
 

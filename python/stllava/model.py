@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+
 import stllava_c
 
 from .checkpoint import directory, names
@@ -292,7 +293,7 @@ class LlavaModel:
 
     def logits(self, ids: Seq[int], images: Seq[np.ndarray] = ()) -> np.ndarray:
         """(rows, vocab_size) next-token logits at every row of one sequence; an image stands on `tokens_per_image` rows."""
-        trees, batch = self.batch([Sequence(ids, None, tuple(range(len(images))))])
+        _trees, batch = self.batch([Sequence(ids, None, tuple(range(len(images))))])
         self.run.forward(batch, pixels=self.pixels(images) if images else None, adapters=self.adapters_enabled)
         return self.run.logits(np.arange(batch.n_rows))
 
@@ -311,7 +312,7 @@ class LlavaModel:
         from .generation import score
         return score(self, prompt, answers, images)
 
-    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[object] | None = None, **options: object) -> list[list["Generation"]]:
+    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[object] | None = None, **options: object) -> list[list[Generation]]:
         """Continuations of each prompt: see :func:`stllava.generation.generate`."""
         from .generation import generate
         return generate(self, prompts, images, **options)

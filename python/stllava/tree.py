@@ -69,8 +69,8 @@ class _Node:
     source: int
     begin: int
     end: int
-    children: dict[int, "_Node"] = field(default_factory=dict)
-    leaves: list["_Node"] = field(default_factory=list)
+    children: dict[int, _Node] = field(default_factory=dict)
+    leaves: list[_Node] = field(default_factory=list)
     sequence: int = -1
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from common import attach, canonical_lora, gradients, meta, padded_rows, scalar, tensors, tiny_llava
 
 import stllava_c
 from stllava.config import LlavaConfig
 from stllava.generation import generate
 from stllava.model import LlavaModel
 from stllava.train.groups import default_trainable
-
-from common import attach, canonical_lora, gradients, meta, padded_rows, scalar, tensors, tiny_llava
 
 Files = dict[str, dict[str, np.ndarray]]
 
@@ -99,8 +98,7 @@ def _spliced(model: LlavaModel, inputs, rows, trees, batch, loss: float) -> dict
     every = model.run.embeddings
     padding = dict(model.named_parameters())["model.embed_tokens.weight"][0]
     positions, logits = [], []
-    for i, row in enumerate(rows):
-        leaf = trees.order[i]
+    for i, leaf in enumerate(trees.order):
         segment = batch.sequence_leaf[leaf]
         first = batch.segment_row[segment]
         embeds[i, :lengths[i]] = every[first:first + lengths[i]]

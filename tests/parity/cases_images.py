@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from stllava.images import CLIP_MEAN, CLIP_STD, ImageProcessor, load_image
 
 SIZES = (56, 224, 336)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from common import NUMPY_DTYPE, TOWER, canonical_lora_name, core_model, meta, scalar, tensors
 
 import stllava_c
-
-from common import NUMPY_DTYPE, TOWER, canonical_lora_name, core_model, meta, scalar, tensors
 
 Files = dict[str, dict[str, np.ndarray]]
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from common import gradients, meta, padded_rows, tensors, tiny_llava
 
 import stllava_c
 from stllava.train.arguments import DPOConfig, SFTConfig
@@ -15,8 +16,6 @@ from stllava.train.groups import default_trainable, parameter_groups
 from stllava.train.sft import SFTObjective
 from stllava.train.update import Updater
 from stllava.tree import Sequence
-
-from common import gradients, meta, padded_rows, tensors, tiny_llava
 
 Files = dict[str, dict[str, np.ndarray]]
 

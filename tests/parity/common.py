@@ -9,9 +9,9 @@ import numpy as np
 
 import stllava_c
 from stllava.checkpoint import names, safetensors_file
+from stllava.checkpoint.peft import LoraConfig
 from stllava.config import LlavaConfig
 from stllava.model import NUMPY_DTYPE, LlavaModel
-from stllava.checkpoint.peft import LoraConfig
 from stllava.tree import Sequence
 
 TOWER = "model.vision_tower.vision_tower."

@@ -18,14 +18,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import cases_checkpoint  # noqa: E402
-import cases_decoder  # noqa: E402
-import cases_images  # noqa: E402
-import cases_metrics  # noqa: E402
-import cases_parts  # noqa: E402
-import cases_templates  # noqa: E402
-import cases_training  # noqa: E402
-from stllava.checkpoint import safetensors_file  # noqa: E402
+import cases_checkpoint
+import cases_decoder
+import cases_images
+import cases_metrics
+import cases_parts
+import cases_templates
+import cases_training
+
+from stllava.checkpoint import safetensors_file
 
 Result = tuple[dict[str, dict[str, np.ndarray]], dict | None]
 

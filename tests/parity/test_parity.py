@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from stllava.checkpoint import safetensors_file
-
 from compare import compare_file, compare_numbers
 from replay import case_names, replay
+
+from stllava.checkpoint import safetensors_file
 
 TOKENS = {"f32": 1e-4, "f64": 1e-9}  # logits of generation, absolute
 TRAJECTORY = {"f32": {"loss": 1e-5, "micro_batch_losses": 1e-5, "grad_norm_before_clipping": 5e-5, "logps": 1e-4, "default": 1e-5}, "f64": {"default": 1e-6}}

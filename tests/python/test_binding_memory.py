@@ -8,9 +8,9 @@ import weakref
 
 import numpy as np
 import pytest
+from tiny_core import CONFIG, DECODER, NUMPY, Q_PROJ, bind_all, pair_batch, pixels, text_batch, tiny
 
 import stllava_c
-from tiny_core import CONFIG, DECODER, NUMPY, Q_PROJ, bind_all, pair_batch, pixels, text_batch, tiny
 
 NORM = "model.norm.weight"
 

@@ -56,7 +56,7 @@ def save(path: Path, text: str) -> None:
 
 
 def n_calls_of(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> int:
-    counting = FaultyOs(0, lambda: OSError())
+    counting = FaultyOs(0, OSError)
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "os", counting)
         action()
@@ -97,10 +97,9 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_exception_in_the_block_publishes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError):
-        with atomic.atomic_directory(tmp_path / "d") as directory:
-            (directory / "x").write_bytes(b"1")
-            raise RuntimeError
+    with pytest.raises(RuntimeError), atomic.atomic_directory(tmp_path / "d") as directory:
+        (directory / "x").write_bytes(b"1")
+        raise RuntimeError
     assert os.listdir(tmp_path) == []
 
 

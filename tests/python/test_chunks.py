@@ -3,7 +3,7 @@ import pytest
 from stllava.data.chunks import get_chunk
 
 
-@pytest.mark.parametrize("n_items", range(0, 25))
+@pytest.mark.parametrize("n_items", range(25))
 @pytest.mark.parametrize("n", range(1, 13))
 def test_every_item_is_in_exactly_one_chunk_of_nearly_equal_size(n_items, n):
     items = list(range(n_items))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 from stllava.cli import main
-from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_asking_to_pairs(tmp_path, model_dir, capsys):
     asked, answered, judged = (str(tmp_path / name) for name in ("asked.jsonl", "answered.jsonl", "judged.jsonl"))
     assert main(["ask", *images, "--out", asked, "--n_questions", "2", "--max_new_tokens", "5", "--description_max_new_tokens", "3"]) == 0
     assert main(["answer", *images, "--questions", asked, "--out", answered, "--max_new_tokens", "4"]) == 0
-    rows = [json.loads(line) for line in open(answered, encoding="utf-8")]
+    rows = [json.loads(line) for line in Path(answered).read_text(encoding="utf-8").splitlines()]
     replies = [{"image": r["image"], "question": r["question"], "answers": list(pair), "raw": f"{len(pair[0])} {len(pair[1])}"}
                for r in rows for pair in (r["answers"], r["answers"][::-1])]
     (tmp_path / "replies.jsonl").write_text("".join(json.dumps(r) + "\n" for r in replies))

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stllava.demo import atlas, sources, volumes
-from stllava.demo import questions as q
+from stllava.demo import atlas, questions as q, sources, volumes
 from stllava.demo.anatomy import AXES, VENTRICLE_BOX, Anatomy
-from stllava.demo.judge_rules import RuleJudge, classify
+from stllava.demo.judge_rules import RuleJudge
 from stllava.demo.render import FACTS, FIELD_MM, KINDS, MARKER_RGB, Renderer
 from stllava.demo.splits import ECHO_FRAMES, PICTURE_SHARES, SPLITS, region_of_position, region_of_split
 
@@ -49,7 +48,7 @@ def synthetic_pictures(bright_mm=()):
     t1 = np.zeros((197, 233, 189), np.uint8)
     origin = np.array([-98.0, -134.0, -72.0])
     if bright_mm:
-        t1[tuple(slice(int(p - o) - 3, int(p - o) + 4) for p, o in zip(bright_mm, origin))] = 255
+        t1[tuple(slice(int(p - o) - 3, int(p - o) + 4) for p, o in zip(bright_mm, origin, strict=True))] = 255
     shapes = {"retina": (90, 90, 3), "ihc": (90, 90, 3), "cell": (80, 90), "ct": (80, 90), "abdomen": (80, 90)}
     shapes["doppler"] = (80, 90, 3)
     return volumes.Pictures(
@@ -90,8 +89,8 @@ def test_only_val_and_test_leave_the_training_region():
 
 def test_wide_pictures_and_the_cine_are_cut_into_disjoint_parts():
     for a, b in (("train", "test"), ("train", "val"), ("test", "val")):
-        (la, ua, ra, oa), (lb, ub, rb, ob) = PICTURE_SHARES[a], PICTURE_SHARES[b]
-        assert ra < lb or oa < ub, (a, b)
+        (_, _, right, lower), (left, upper, _, _) = PICTURE_SHARES[a], PICTURE_SHARES[b]
+        assert right < left or lower < upper, (a, b)
         assert max(ECHO_FRAMES[a]) < min(ECHO_FRAMES[b]) or max(ECHO_FRAMES[b]) < min(ECHO_FRAMES[a])
 
 
@@ -170,7 +169,7 @@ def test_ventricles_have_the_size_of_ventricles_and_are_symmetric(pictures):
 def test_cerebellum_answers_agree_with_the_tissue_maps(renderer, pictures):
     """Below z = -40 and behind y = -45 the head holds no tissue but the cerebellum (and the brainstem near the midline)."""
     tissue = (pictures.mni["GM"].astype(int) + pictures.mni["WM"] > 127)[:, : -45 + 134, : -40 + 72]
-    by_x = dict(zip(range(-98, 99), tissue.sum((1, 2))))
+    by_x = dict(zip(range(-98, 99), tissue.sum((1, 2)), strict=True))
     for position in range(-60, 61):
         answer = renderer.slice_image("T1", "sagittal", position)[1].cerebellum
         if answer is not None:
@@ -270,7 +269,7 @@ def test_files_agree_with_each_other_and_with_the_judge(built):
     for record in json.loads(built.sft.read_text()):
         turns = record["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        for i, (human, gpt) in enumerate(zip(turns[::2], turns[1::2])):
+        for i, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
             assert human["value"].count("<image>") == human["value"].startswith("<image>\n") == (i == 0)
             assert judge.truth(record["id"], human["value"].removeprefix("<image>\n")) == gpt["value"]
 
@@ -308,7 +307,7 @@ def test_sft_samples_open_with_the_description_and_ask_about_structures(renderer
     for word in ("cerebellum", "ventricles"):
         answers = Counter()
         for record in records:
-            for human, gpt in zip(record["conversations"][::2], record["conversations"][1::2]):
+            for human, gpt in zip(record["conversations"][::2], record["conversations"][1::2], strict=True):
                 if (q.parse(human["value"].replace("<image>", "")) or [q.FORMS[0]])[0].type == word:
                     answers[gpt["value"]] += 1
         assert min(answers["yes"], answers["no"]) > 70, (word, answers)

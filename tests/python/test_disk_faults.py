@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny_model
 
 import stllava
 from stllava.checkpoint import atomic
@@ -31,7 +32,6 @@ from stllava.train.arguments import SFTConfig
 from stllava.train.sft import SFTTrainer
 from stllava.train.state import find_checkpoint, resume_checkpoint, rotate, save_checkpoint
 from stllava.tree import Sequence
-from tiny import tiny_model
 
 CALLS = ("open", "write", "pread", "pwrite", "fsync", "close", "replace", "rename", "mkdir", "link", "unlink", "rmdir", "ftruncate")
 ONCE = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EDQUOT": errno.EDQUOT, "EINTR": errno.EINTR}
@@ -490,15 +490,11 @@ def writes_of(tree: ast.AST) -> set[str]:
             if owner == "archive" or reads:
                 continue
         elif name == "replace":
-            if owner in ("", "dataclasses") or len(node.args) != 1 and owner != "os":  # str.replace takes two
+            if owner in ("", "dataclasses") or (len(node.args) != 1 and owner != "os"):  # str.replace takes two
                 continue
         elif name == "write" and owner == "os":
             pass
-        elif name == "ZipFile" and len(node.args) < 2 and not node.keywords:
-            continue
-        elif name not in WRITERS or (owner == "" and name != "ZipFile"):
-            continue
-        elif owner == "atomic" or (name in ("copy", "dump", "remove", "extract") and owner not in MODULES and "torch_pickle" not in owner):
+        elif (name == "ZipFile" and len(node.args) < 2 and not node.keywords) or name not in WRITERS or (owner == "" and name != "ZipFile") or owner == "atomic" or (name in ("copy", "dump", "remove", "extract") and owner not in MODULES and "torch_pickle" not in owner):
             continue
         found.add(f"{owner}.{name}")
     return found

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import stllava_c
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from PIL import Image, ImageFile, ImageOps
+
+import stllava_c
 from stllava.errors import ConfigError, FormatError
 from stllava.images import BACKGROUND, FORMATS, ImageError, ImageProcessor, LoadedImage, expand2square, load_image, process_images
 
@@ -474,7 +474,7 @@ def test_many_names_the_damaged_one() -> None:
     assert "picture 1 of 3" in caught.value.__notes__
 
 
-@pytest.mark.parametrize("config", [dict, lambda **keys: SimpleNamespace(**keys)])
+@pytest.mark.parametrize("config", [dict, SimpleNamespace])
 def test_process_images_follows_the_model(config) -> None:
     pictures = [Image.fromarray(noise(30, 20)), Image.fromarray(noise(20, 30))]
     processor = ImageProcessor(14)

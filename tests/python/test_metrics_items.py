@@ -4,8 +4,7 @@ import warnings
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from nltk.translate.bleu_score import sentence_bleu as nltk_bleu
 
 from stllava.evaluate.bleu import sentence_bleu

@@ -4,11 +4,10 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
+from text_data import GOLDENS, load
 
 from stllava.evaluate.normalize import CONTRACTIONS, normalize_word
-from text_data import GOLDENS, load
 
 GOLDEN = {
     "the left lung.": "left lung",
@@ -99,7 +98,7 @@ def port(t):
         else:
             kept.append(c)
     words = re.split(r"[\s\x1c-\x1f]+", "".join(kept).lower())
-    names = "none zero one two three four five six seven eight nine ten".split()
+    names = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     values = ["0", "0", *map(str, range(1, 11))]
     out = []
     for w in words:

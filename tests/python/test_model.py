@@ -6,14 +6,14 @@ import json
 
 import numpy as np
 import pytest
+from tiny import config, tiny_model
 
 from stllava.checkpoint.peft import LoraConfig
+from stllava.demo.base import fresh_weights
 from stllava.errors import ConfigError, FormatError
 from stllava.generation import stream
 from stllava.model import LlavaModel
 from stllava.tree import Sequence
-from tiny import config, tiny_model
-from stllava.demo.base import fresh_weights
 
 
 def picture(seed=0):
@@ -171,7 +171,7 @@ def test_encode_images_gives_the_features_a_forward_uses():
     model = adapted()
     features = model.encode_images([picture(0), picture(1)])
     assert features.shape == (2, 16, 64)
-    trees, batch = model.batch([Sequence([1, -200, 7, 8], [-100, -100, 7, 8], ("x",))])
+    _trees, batch = model.batch([Sequence([1, -200, 7, 8], [-100, -100, 7, 8], ("x",))])
     with_pixels = model.run.forward(batch, pixels=model.pixels([picture(1)]))
     np.testing.assert_array_equal(with_pixels, model.run.forward(batch, features=np.ascontiguousarray(features[1])))
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data.dpo import DPODataset
@@ -15,7 +16,6 @@ from stllava.train.arguments import DPOConfig, SFTConfig
 from stllava.train.callbacks import TrainerCallback
 from stllava.train.dpo import DPOTrainer
 from stllava.train.sft import SFTObjective, SFTTrainer
-from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 ADAPTER = "model.layers.1.self_attn.q_proj.lora_A.weight"
 PROJECTOR = "model.mm_projector.f.weight"

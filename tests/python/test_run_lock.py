@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_disk_faults import Faults, trainer_in
 
 from stllava import cli
 from stllava.checkpoint import lock
 from stllava.checkpoint.lock import LockedError, run_lock
 from stllava.data.steps import run_step
 from stllava.train.callbacks import TrainerCallback
-from test_disk_faults import Faults, trainer_in
 
 HOLD = """
 import sys

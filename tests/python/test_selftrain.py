@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny import tiny_model, write_pictures
 
+from stllava.data.records import read_jsonl
+from stllava.data.steps import item_seed, run_step
 from stllava.errors import ConfigError, FormatError
 from stllava.selftrain.answer import AnswerSettings, answer
 from stllava.selftrain.ask import AskSettings, ask
 from stllava.selftrain.judge import RecordedJudge, judge
 from stllava.selftrain.pairs import PairSettings, build_pairs
-from stllava.data.records import read_jsonl
-from stllava.data.steps import item_seed, run_step
-from tiny import tiny_model, write_pictures
 
 
 class LongerIsBetter:

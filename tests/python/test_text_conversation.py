@@ -3,10 +3,10 @@
 import hashlib
 
 import pytest
+from text_data import TEMPLATES, load, tokenizer
 
 from stllava.conversation import ConversationError, as_template, check_template, conv_templates
 from stllava.text import Tokenizer, encode_conversation, tokenizer_image_token
-from text_data import TEMPLATES, load, tokenizer
 
 SYSTEM_TEXTS = load(TEMPLATES / "system_texts.json")
 OPEN_PROMPTS = [entry for entry in load(TEMPLATES / "open_prompts.json") if "question" in entry]

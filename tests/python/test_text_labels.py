@@ -1,14 +1,13 @@
 """Span labels: equal to the original's where it is right, and right where it is not."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
+from text_data import dialogues, label_files, load, tokenizer
 
 from stllava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from stllava.conversation import ConversationError, SeparatorStyle, conv_templates
 from stllava.text import build_sample, draw_switches, preprocess_compat, preprocess_multimodal
 from stllava.text.labels import draw_uniform, switches_from_draws
-from text_data import dialogues, label_files, load, tokenizer
 
 TRAINABLE = [name for name, template in conv_templates.items() if not template.prompt_only]
 SPECIAL_TEXT = ("<s>", "</s>", "<unk>")
@@ -229,6 +228,6 @@ def test_draws_are_uniform_and_depend_on_every_part_of_the_key():
         for i, key in enumerate(keys):
             key[vary] = i
         draws = [draw_uniform(*key) for key in keys]
-        assert 0.0 <= min(draws) and max(draws) < 1.0 and len(set(draws)) == n
+        assert min(draws) >= 0.0 and max(draws) < 1.0 and len(set(draws)) == n
         # Mean of n uniforms: standard deviation 1/sqrt(12 n) = 0.0046; six of them.
         assert abs(sum(draws) / n - 0.5) < 0.028

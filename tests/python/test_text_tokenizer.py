@@ -3,12 +3,11 @@
 import hashlib
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
+from text_data import TEMPLATES, load, tokenizer
 
 from stllava.errors import ConfigError, FormatError
 from stllava.text import Tokenizer, tokenizer_image_token
-from text_data import TEMPLATES, load, tokenizer
 
 RECORDED = load(TEMPLATES / "encode_decode.json")
 TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(list("<>/s un k▁\n"))))

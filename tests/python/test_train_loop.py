@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 import stllava_c
 from stllava.checkpoint.peft import LoraConfig
@@ -18,7 +19,6 @@ from stllava.train.callbacks import TrainerCallback
 from stllava.train.dpo import DPOTrainer
 from stllava.train.guard import UntrainedError
 from stllava.train.sft import SFTTrainer
-from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_resume_between_two_log_lines_logs_the_whole_window(tmp_path, pictures
 
 def test_a_resumed_run_may_miss_the_updates_in_which_a_tensor_trained(tmp_path, pictures):
     """The projector trains in updates 0 to 2; the guard's patience ends after update 4, and a run resumed at 3 saw only text."""
-    folder, names = pictures
+    _folder, names = pictures
     text = sft_records(names)[-1]
     records = [*sft_records(names)[:3], text, {**text, "id": "text 2"}, {**text, "id": "text 3"}]
 
@@ -227,7 +227,7 @@ def test_bad_records_are_listed_before_the_first_update(pictures, kind):
     records = [*sft_records(names), {"id": "bad", **record}]
     with pytest.raises(DataError, match=r"1 of 6 records") as caught:
         sft_data(model, pictures, records, max_length=200)
-    assert f"row 5 (id bad): " in str(caught.value) and message in str(caught.value)
+    assert "row 5 (id bad): " in str(caught.value) and message in str(caught.value)
     skipped = sft_data(model, pictures, records, max_length=200, on_bad_sample="skip")
     assert len(skipped) == 5 and sum(summary(skipped.problems).values()) == 1
 

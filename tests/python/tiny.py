@@ -45,7 +45,7 @@ def sft_records(pictures: list[str]) -> list[dict]:
         {"from": "human", "value": f"<image>\nWhat is in picture {i}?"}, {"from": "gpt", "value": f"Thing number {i}."},
         {"from": "human", "value": "Is it large?"}, {"from": "gpt", "value": "Yes." if i % 2 else "No, it is small."}]}
         for i, name in enumerate(pictures)]
-    return records + [{"id": "text", "conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Good day."}]}]
+    return [*records, {"id": "text", "conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Good day."}]}]
 
 
 def dpo_records(pictures: list[str]) -> list[dict]:

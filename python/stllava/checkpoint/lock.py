@@ -97,7 +97,7 @@ def _read(path: Path, descriptor: int) -> dict[str, Any]:
 def _is_alive(owner: dict[str, Any]) -> bool:
     """Whether the run that a lock names may still be there, although the kernel gave us the lock."""
     ours = _ourselves()
-    if not owner or owner.get("pid") == ours["pid"] and owner.get("boot") == ours["boot"]:
+    if not owner or (owner.get("pid") == ours["pid"] and owner.get("boot") == ours["boot"]):
         return False
     if owner.get("boot") == ours["boot"]:
         return owner.get("process_start") == _process_start(owner.get("pid"))

@@ -88,7 +88,7 @@ def projector_shapes(config: LlavaConfig) -> Shapes:
         linears = {f"{2 * i}": (n_out, n_in if i == 0 else n_out) for i in range(depth)}
     if kind == "cluster":
         shapes = {PROJECTOR + "sim_alpha": (1, 1, 1), PROJECTOR + "sim_beta": (1, 1, 1)}
-        shapes |= {name: (n_in,) for name in _UNUSED}
+        shapes |= dict.fromkeys(_UNUSED, (n_in,))
         linears = {"c": (n_in, n_in), "v": (n_in, n_in), "f": (n_in, n_in), "mlp.0": (n_out, n_in), "mlp.2": (n_out, n_out)}
     return shapes | _weight_and_bias(PROJECTOR, linears)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from stllava.checkpoint.tensor_file import NUMPY_DTYPES, dtype_name, is_shape, is_size
 from stllava.errors import FormatError
-from stllava.limits import MAX_PICKLE_BYTES, MAX_RANK
+from stllava.limits import MAX_RANK
 
 _STORAGES = {"f64": "DoubleStorage", "f32": "FloatStorage", "f16": "HalfStorage", "bf16": "BFloat16Storage",
              "i64": "LongStorage", "i32": "IntStorage", "i16": "ShortStorage", "i8": "CharStorage", "u8": "ByteStorage",

@@ -27,7 +27,7 @@ SHOWN = 20  # problems printed in full
 class DataError(StllavaError, ValueError):
     """Records that cannot be trained on; `problems` has all of them."""
 
-    def __init__(self, message: str, problems: list["Problem"]) -> None:
+    def __init__(self, message: str, problems: list[Problem]) -> None:
         super().__init__(message)
         self.problems = problems
 

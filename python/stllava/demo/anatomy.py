@@ -75,14 +75,14 @@ class Anatomy:
 
 def _ventricles(pictures: Pictures) -> np.ndarray:
     """bool mask of the lateral ventricles over the whole head, by flooding the fluid of the box from the seeds."""
-    box = tuple(slice(int(low - o), int(high - o) + 1) for (low, high), o in zip(VENTRICLE_BOX, pictures.mni_origin))
+    box = tuple(slice(int(low - o), int(high - o) + 1) for (low, high), o in zip(VENTRICLE_BOX, pictures.mni_origin, strict=True))
     mostly_fluid = fluid(*(pictures.mni[name][box] for name in ("T1", "GM", "WM"))) > 127
     x, y, z = np.meshgrid(*(np.arange(low, high + 1) for low, high in VENTRICLE_BOX), indexing="ij", sparse=True)
     mostly_fluid &= ~((abs(x) <= 5) & (z < 10))  # third ventricle
     mostly_fluid &= ~((abs(x) <= 8) & (y < -32) & (z < 16))  # cisterns behind and under the splenium
     flooded = np.zeros_like(mostly_fluid)
     for seed in VENTRICLE_SEEDS:
-        flooded[tuple(int(p - low) for p, (low, _) in zip(seed, VENTRICLE_BOX))] = True
+        flooded[tuple(int(p - low) for p, (low, _) in zip(seed, VENTRICLE_BOX, strict=True))] = True
     while True:
         before = np.count_nonzero(flooded)
         for axis in range(3):

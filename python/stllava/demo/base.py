@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import stllava_c
 
+import stllava_c
 from stllava import __version__
 from stllava.checkpoint import names
 from stllava.checkpoint.atomic import make_directory, write_bytes
@@ -84,7 +84,7 @@ def fresh_weights(config: LlavaConfig, seed: int) -> dict[str, np.ndarray]:
     weights = {}
     for name, shape in names.expected_shapes(config).items():
         array = np.zeros(shape, np.float32)
-        if name.endswith("bias") or name.endswith("sim_beta"):
+        if name.endswith(("bias", "sim_beta")):
             pass
         elif "norm" in name or "ln_1" in name or name.endswith("sim_alpha"):
             array[...] = 1.0

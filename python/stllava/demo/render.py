@@ -171,7 +171,7 @@ class Renderer:
             across, up = (a for a in range(3) if a != axis)
             # Of the two remaining axes the second runs upwards, the first to the left: x = right of the patient, y = front.
             values = values.T[::-1, ::-1]
-            x, y = (n - 1 - (CENTRE_MM[a] - origin[a]) for n, a in zip(values.shape[::-1], (across, up)))
+            x, y = (n - 1 - (CENTRE_MM[a] - origin[a]) for n, a in zip(values.shape[::-1], (across, up), strict=True))
             self._views[key] = _View(self._smooth(values, FIELD_MM), (x, y))
         return self._views[key]
 

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import stllava_c
 from rich.console import Console
 
+import stllava_c
 from stllava import __version__
 from stllava.checkpoint.atomic import make_directory, remove_directory, write_bytes
 from stllava.checkpoint.lock import run_lock
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data.dpo import DPODataset
 from stllava.data.pictures import Pictures
-from stllava.data.steps import item_seed
 from stllava.data.sft import SFTDataset, summary as count_problems
+from stllava.data.steps import item_seed
 from stllava.errors import StllavaError
 from stllava.evaluate import paired_bootstrap
 from stllava.model import LlavaModel

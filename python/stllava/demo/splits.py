@@ -34,7 +34,7 @@ PICTURE_SHARES: dict[Region, tuple[float, float, float, float]] = {
     "val": (0.66, 0.62, 1.0, 1.0),
 }
 
-ECHO_FRAMES: dict[Region, range] = {"train": range(0, 18), "val": range(19, 22), "test": range(23, 30)}
+ECHO_FRAMES: dict[Region, range] = {"train": range(18), "val": range(19, 22), "test": range(23, 30)}
 
 
 def region_of_split(split: str) -> Region:

@@ -18,7 +18,7 @@ DOT_LIMIT = 32
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = {
     "none": "0",
-    **{word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())},
+    **{word: str(i) for i, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])},
 }
 
 

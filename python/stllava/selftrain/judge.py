@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
 
 from stllava.data.steps import run_step
 
@@ -50,7 +50,7 @@ def judge(answered: Iterable[dict[str, Any]], by: Judge, *, both_orders: bool = 
         for row in batch:
             answers = list(dict.fromkeys(text for text in row["answers"] if text))
             replies = []
-            for pair in zip(answers, answers[1:]):
+            for pair in itertools.pairwise(answers):
                 for first, second in ((pair, pair[::-1]) if both_orders else (pair,)):
                     score_1, score_2, raw = by.score(row["image"], row["question"], first, second)
                     replies.append({"answers": [first, second], "scores": [score_1, score_2], "raw": raw})

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from stllava.checkpoint.strict_json import is_text
-from stllava.conversation import Conversation, ConversationError, Segment, as_template
+from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from stllava.conversation import Conversation, ConversationError, as_template
 from stllava.text.encode import encode_segments
 from stllava.text.tokenizer import Tokenizer
 
@@ -114,7 +114,7 @@ def _checked_turns(turns: Sequence[Turn]) -> tuple[Sequence[Turn], int]:
             raise ConversationError(f"turn {i} is a {type(turn).__name__}, want an object")
         missing = {"from", "value"} - turn.keys()
         if missing:
-            raise ConversationError(f"turn {i}: key {sorted(missing)[0]!r} is missing, found {sorted(turn)}")
+            raise ConversationError(f"turn {i}: key {min(missing)!r} is missing, found {sorted(turn)}")
         if not isinstance(turn["value"], str):
             raise ConversationError(f"turn {i}: value is a {type(turn['value']).__name__}, want text")
         if not is_text(turn["value"]):

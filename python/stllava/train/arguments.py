@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import stllava_c
-
 from stllava.errors import ConfigError
 
 __all__ = ["TrainingArguments", "SFTConfig", "DPOConfig"]

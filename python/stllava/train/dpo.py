@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import stllava_c
 
+import stllava_c
 from stllava.model import LlavaModel, sequence_sums
 from stllava.tree import Sequence
 
@@ -102,7 +102,6 @@ class DPOObjective:
     def forward(self, micro: Micro, *, train: bool, step: int) -> PairNumbers:
         """Log-probs of policy and reference, the loss and its derivatives. With `train`, `backward` may follow."""
         args, run, batch, order = self.args, self.model.run, micro.batch, micro.trees.order
-        n = len(micro.items)
         reference = self._reference(micro, None) if args.ref_image_features == "initial" else None
         logp = run.forward(batch, pixels=micro.pixels, train=train, vision_grad=args.vit_grad, mean_logit=True,
                            dropout=train and not args.disable_dropout, seed=args.seed, step=step)

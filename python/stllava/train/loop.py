@@ -57,7 +57,7 @@ class Trainer:
 
     def __init__(self, model: LlavaModel, args: TrainingArguments, train_dataset: Any, eval_dataset: Any = None, *,
                  trainable: Seq[str] | None = None, callbacks: Seq[TrainerCallback] = (),
-                 compute_metrics: Callable[["Trainer"], dict[str, float]] | None = None) -> None:
+                 compute_metrics: Callable[[Trainer], dict[str, float]] | None = None) -> None:
         if not isinstance(args, self.Config):
             raise TypeError(f"{type(self).__name__} needs {self.Config.__name__}, got {type(args).__name__}")
         self.model, self.args = model, args

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
-import stllava_c
 
+import stllava_c
 from stllava.errors import NumericsError
 from stllava.model import LlavaModel
 

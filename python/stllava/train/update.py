@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import stllava_c
 
+import stllava_c
 from stllava.errors import NumericsError
 from stllava.model import NUMPY_DTYPE, LlavaModel
 from stllava.tree import TreeBatch
