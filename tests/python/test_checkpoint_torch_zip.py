@@ -211,8 +211,8 @@ def test_archive_entries_that_overlap(tmp_path: Path) -> None:
 def test_pickle_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = tensor_pickle()
     path = archive(tmp_path / "x.bin", code, FOUR)
-    monkeypatch.setattr(torch_pickle, "MAX_PICKLE_BYTES", len(code))
+    monkeypatch.setattr(torch_zip, "MAX_PICKLE_BYTES", len(code))
     torch_zip.load(path)
-    monkeypatch.setattr(torch_pickle, "MAX_PICKLE_BYTES", len(code) - 1)
+    monkeypatch.setattr(torch_zip, "MAX_PICKLE_BYTES", len(code) - 1)
     with pytest.raises(FormatError, match="limit"):
         torch_zip.load(path)

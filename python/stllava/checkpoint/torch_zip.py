@@ -19,7 +19,7 @@ import numpy as np
 from stllava.checkpoint import atomic, torch_pickle
 from stllava.checkpoint.tensor_file import TensorFile, check_name, little_endian, map_file, view
 from stllava.errors import FormatError
-from stllava.limits import MAX_TENSORS
+from stllava.limits import MAX_PICKLE_BYTES, MAX_TENSORS
 
 # Records of the zip format (APPNOTE.TXT 4.3). zipfile reads the whole directory before one can say no, so reading is done here.
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str]) -> TensorFile:
                               field=key)
         return view(buffer, dtype, (count,), offset)
 
-    limit = min(torch_pickle.MAX_PICKLE_BYTES, _PICKLE_BYTES + _PICKLE_BYTES_PER_ENTRY * len(entries))
+    limit = min(MAX_PICKLE_BYTES, _PICKLE_BYTES + _PICKLE_BYTES_PER_ENTRY * len(entries))
     result = torch_pickle.parse(content("data.pkl", limit), path, storage)
     if not isinstance(result, dict):
         raise FormatError(f"{path}: holds a {type(result).__name__}, want a dictionary of tensors", path=path)
