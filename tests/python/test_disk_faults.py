@@ -260,6 +260,37 @@ def test_a_full_disk_says_what_is_needed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("target, message", [("gone/rows.jsonl", "its directory is not there: make it first"), ("x/rows.jsonl", "Not a directory")])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, target: str, message: str) -> None:
+    (tmp_path / "x").write_text("a file")
+    for write in (lambda path: atomic.write_bytes(path, b"1"),
+                  lambda path: run_step("a", str, lambda batch: iter(()), out=path, batch_size=1, label="x", progress=False)):
+        with pytest.raises(OSError, match=f"{message}.*{target.partition('/')[0]}"):
+            write(tmp_path / target)
+
+
+def test_a_run_that_met_a_fault_resumes_to_the_same_weights(tmp_path: Path, amount: Any) -> None:
+    """Training as a whole: lock, log, checkpoints, rotation. Whatever failed, the next run goes on from what is there."""
+    def run(folder: Path) -> SFTTrainer:
+        trainer = trainer_in(folder, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1)
+        trainer.train(resume_from_checkpoint=atomic.latest_complete(folder) is not None)
+        return trainer
+
+    with Faults() as counting:
+        whole = run(tmp_path / "whole")
+    n_calls = len(counting.names)
+    every = [(kind, n) for kind in KINDS for n in range(1, n_calls + 1)]
+    for kind, n in random.Random("train").sample(every, amount(12, 1500)):
+        folder = tmp_path / f"{kind}-{n}"
+        with Faults(kind, n), contextlib.suppress(OSError):
+            run(folder)
+        again = run(folder)
+        np.testing.assert_array_equal(again.model.core.theta.numpy(), whole.model.core.theta.numpy(), err_msg=f"{kind} at call {n} of {n_calls}")
+        assert (folder / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+        assert sorted(os.listdir(folder)) == ["checkpoint-3", "log.jsonl"]
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
 def test_a_file_system_without_links_gets_copies(tmp_path: Path, built: Any, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     scenario, before, _ = built("final save into the output directory")
