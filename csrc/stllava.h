@@ -18,6 +18,7 @@
 #define STLLAVA_H
 
 #include "base/status.h"
+#include "base/watch.h" /* stv_watch_set: how a long call is stopped */
 #include "tensor/dtype.h"
 
 #include <stdbool.h>

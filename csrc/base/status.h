@@ -13,6 +13,7 @@ typedef enum stv_status {
     STV_ERR_DTYPE = 12,       /* element type not the wanted one */
     STV_ERR_NAME = 13,        /* no such tensor, module or option */
     STV_ERR_STATE = 14,       /* right call, wrong moment (e.g. backward without forward) */
+    STV_ERR_INTERRUPTED = 15, /* the caller's poll asked to stop (watch.h); results are lost, inputs unharmed */
     STV_ERR_MEMORY = 20,      /* allocation failed */
     STV_ERR_FILE = 30,        /* the operating system refused */
     STV_ERR_FORMAT = 31,      /* bytes that are not what they should be */

@@ -16,16 +16,19 @@
 #include "base/threads.h"
 
 #include "base/alloc.h"
+#include "base/watch.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <time.h>
 #include <unistd.h>
 
 #define N_LOOKS 1000        /* of a worker before it sleeps; a pause takes 40 to 140 cycles */
 #define N_LOOKS_CALLER 5000 /* there is work being done for it */
+#define WAIT_NS 50000000    /* the caller's, at a time */
 
 typedef struct worker {
     pthread_t thread;
@@ -43,6 +46,7 @@ struct stv_pool {
 
     stv_task *task; /* of the open run */
     void *arg;
+    stv_watch *watch; /* the caller's */
     int64_t n_tasks;
     _Atomic int64_t next_task;
 
@@ -106,6 +110,7 @@ static void look_away(int i_look)
 static void take_tasks(stv_pool *pool, int i_worker)
 {
     for (;;) {
+        if (stv_stopped()) atomic_store(&pool->next_task, pool->n_tasks);
         int64_t i_task = atomic_fetch_add(&pool->next_task, 1);
         if (i_task >= pool->n_tasks) return;
         pool->task(pool->arg, i_task, i_worker);
@@ -128,7 +133,9 @@ static void *work(void *arg)
         pthread_mutex_unlock(&pool->mutex);
         if (stop) return NULL;
         if (!enter) continue;
+        stv_watch_follow(pool->watch);
         take_tasks(pool, me->index);
+        stv_watch_follow(NULL);
         pthread_mutex_lock(&pool->mutex);
         if (atomic_fetch_sub(&pool->n_inside, 1) == 1) pthread_cond_signal(&pool->left);
         pthread_mutex_unlock(&pool->mutex);
@@ -223,11 +230,21 @@ stv_status stv_pool_resize(stv_pool *pool, int n_threads)
     return STV_OK;
 }
 
+/* For a worker to leave; false: time to look after the caller's watch. */
+static bool wait_a_while(stv_pool *pool)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += WAIT_NS;
+    if (until.tv_nsec >= 1000000000) until = (struct timespec){until.tv_sec + 1, until.tv_nsec - 1000000000};
+    return pthread_cond_timedwait(&pool->left, &pool->mutex, &until) == 0;
+}
+
 void stv_pool_run(stv_pool *pool, int64_t n_tasks, stv_task *task, void *arg)
 {
     revive_after_fork(pool);
     if (n_tasks <= 1 || pool->n_threads == 1 || pthread_mutex_trylock(&pool->owner) != 0) {
-        for (int64_t i = 0; i < n_tasks; i++) task(arg, i, 0);
+        for (int64_t i = 0; i < n_tasks && !stv_stopped(); i++) task(arg, i, 0);
         return;
     }
     start_workers(pool);
@@ -235,6 +252,7 @@ void stv_pool_run(stv_pool *pool, int64_t n_tasks, stv_task *task, void *arg)
     pthread_mutex_lock(&pool->mutex);
     pool->task = task;
     pool->arg = arg;
+    pool->watch = stv_watch_get();
     pool->n_tasks = n_tasks;
     atomic_store(&pool->next_task, 0);
     pool->open = true;
@@ -247,7 +265,12 @@ void stv_pool_run(stv_pool *pool, int64_t n_tasks, stv_task *task, void *arg)
     for (int i = 0; i < N_LOOKS_CALLER && atomic_load_explicit(&pool->n_inside, memory_order_relaxed) > 0; i++) look_away(i);
     pthread_mutex_lock(&pool->mutex);
     pool->open = false;
-    while (atomic_load(&pool->n_inside) > 0) pthread_cond_wait(&pool->left, &pool->mutex);
+    while (atomic_load(&pool->n_inside) > 0) {
+        if (wait_a_while(pool)) continue;
+        pthread_mutex_unlock(&pool->mutex);
+        stv_stopped();
+        pthread_mutex_lock(&pool->mutex);
+    }
     pthread_mutex_unlock(&pool->mutex);
     pthread_mutex_unlock(&pool->owner);
 }

@@ -23,7 +23,7 @@ int stv_pool_n_threads(const stv_pool *pool);
 /* Errors: memory. Not while a run is in flight on another thread (it waits). */
 stv_status stv_pool_resize(stv_pool *pool, int n_threads);
 
-/* Runs task for i_task = 0 .. n_tasks-1 and returns when all are done. */
+/* Runs task for i_task = 0 .. n_tasks-1 and returns when all are done; those not begun when the caller's watch stops it are left out (watch.h). */
 void stv_pool_run(stv_pool *pool, int64_t n_tasks, stv_task *task, void *arg);
 
 int stv_cpu_count(void); /* cores this process may use, >= 1 */

@@ -1,6 +1,7 @@
 #include "infer/generate.h"
 
 #include "base/rng.h"
+#include "base/watch.h"
 #include "infer/kv_cache.h"
 #include "infer/sampler.h"
 #include "model/llava.h"
@@ -45,7 +46,7 @@ static void decode(stv_exec *x, stv_generator *g)
     const real *stream = stv_decoder_forward(x, pass, in);
     stv_decoder_head head = {.row = every, .n = n};
     const real *logits = logits_of(x, g, &head, stream);
-    if (stv_measuring(x)) return;
+    if (stv_measuring(x) || stv_stopped()) return; /* then the logits before stay, and the step can be taken again */
     for (int64_t i = 0; i < n; i++) memcpy((real *)g->logits + g->active[i] * V, logits + i * V, (size_t)V * sizeof(real));
 }
 
@@ -94,7 +95,7 @@ static stv_status in_arena(stv_generator *g, void (*body)(stv_exec *, stv_genera
     STV_TRY(stv_arena_reserve(&g->arena, measuring.peak));
     x.arena = &g->arena;
     body(&x, g);
-    return STV_OK;
+    return stv_check_stopped("generator");
 }
 
 static bool ends(const stv_generator *g, int32_t token)
@@ -104,7 +105,8 @@ static bool ends(const stv_generator *g, int32_t token)
     return false;
 }
 
-/* Without memory to decode (there are more threads than before, each with scratch of its own) nothing was drawn: the next step draws the same. */
+/* Stopped, or without memory to decode (there are more threads than before, each with scratch of its own), nothing was drawn: the next step
+ * draws the same. */
 static stv_status undo_draw(stv_generator *g, const int32_t *tokens, stv_status status)
 {
     g->n_steps--;
@@ -232,6 +234,7 @@ static stv_status start(stv_generator *g, const stv_batch *batch, const stv_gene
     STV_TRY(stv_arena_reserve(&g->arena, measuring.peak));
     x.arena = &g->arena;
     prefill(&x, g, batch);
+    STV_TRY(stv_check_stopped("generator"));
     return reserve_steps(g);
 }
 

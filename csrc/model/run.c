@@ -1,6 +1,7 @@
 /* run.c - the doors of stllava.h that compute. Each is the same three steps: check, measure (the same functions on an arena that counts), run. */
 #include "model/run.h"
 
+#include "base/watch.h"
 #include "model/llava.h"
 #include "ops/gemm.h"
 #include "ops/rows.h"
@@ -88,7 +89,7 @@ static stv_status perform(stv_run *run, const job *job, job_body *forward, job_b
     STV_TRY(init(run, run->pass, job));
     stv_exec x = {run->model->context->pool, &run->arena};
     forward(&x, run->pass, job);
-    return STV_OK;
+    return stv_check_stopped("forward");
 }
 
 static void hold(stv_run *run, stv_run_holds holds, bool can_backward)
@@ -161,7 +162,7 @@ stv_status STV_TYPED(stv_run_backward)(stv_run *run, const double *dlogp)
     STV_TRY(begin_backward(run, STV_RUN_BATCH, "backward", "forward"));
     stv_exec x = {run->model->context->pool, &run->arena};
     stv_llava_backward(&x, run->pass, dlogp);
-    return STV_OK;
+    return stv_check_stopped("backward");
 }
 
 stv_status STV_TYPED(stv_run_estimate)(stv_run *run, const stv_batch *batch, const stv_forward_options *options, size_t *bytes)
@@ -193,7 +194,7 @@ stv_status STV_TYPED(stv_run_logits)(stv_run *run, const int64_t *rows, int64_t 
     STV_TRY(stv_arena_reserve(&run->side, measuring.peak));
     x.arena = &run->side;
     logits_forward(&x, out, run->pass, rows, n);
-    return STV_OK;
+    return stv_check_stopped("logits");
 }
 
 /* ---- images alone -------------------------------------------------------------------------------------------------------- */
@@ -253,7 +254,7 @@ stv_status STV_TYPED(stv_run_vision_backward)(stv_run *run, const void *dfeature
     STV_TRY(begin_backward(run, STV_RUN_VISION, "vision_backward", "vision_forward"));
     stv_exec x = {run->model->context->pool, &run->arena};
     stv_vision_backward(&x, &run->pass->vision, dfeatures);
-    return STV_OK;
+    return stv_check_stopped("vision_backward");
 }
 
 /* ---- the projector alone ------------------------------------------------------------------------------------------------- */
@@ -298,5 +299,5 @@ stv_status STV_TYPED(stv_run_projector_backward)(stv_run *run, const void *dout,
     STV_TRY(begin_backward(run, STV_RUN_PROJECTOR, "projector_backward", "projector_forward"));
     stv_exec x = {run->model->context->pool, &run->arena};
     stv_projector_backward(&x, din, dout, &run->pass->projector);
-    return STV_OK;
+    return stv_check_stopped("projector_backward");
 }

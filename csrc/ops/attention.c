@@ -13,6 +13,7 @@
 #include "ops/attention.h"
 
 #include "base/cpu.h"
+#include "base/watch.h"
 #include "ops/attention_kernel.h"
 #include "ops/reduce.h"
 #include "ops/rows.h"
@@ -384,7 +385,7 @@ static void backward_task(void *arg, int64_t i_task, int i_worker)
     memset(b.dk, 0, (size_t)(n_rows * width) * sizeof(real));
     memset(b.dv, 0, (size_t)(n_rows * width) * sizeof(real));
     for (int64_t s = begin; s < end; s++)
-        for (int64_t i0 = 0; i0 < a->plan->segments[s].q_count; i0 += BLOCK)
+        for (int64_t i0 = 0; i0 < a->plan->segments[s].q_count && !stv_stopped(); i0 += BLOCK)
             for (int64_t r = 0; r < n_rep; r++) backward_block(a, &b, rows, &a->plan->segments[s], i0, kv_head * n_rep + r);
 
     mark_rows(b.used, rows, a->plan, begin, end); /* rows between them may belong to another group */

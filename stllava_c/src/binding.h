@@ -5,6 +5,7 @@
  *              for the core                batch.c run.c generator.c     one type each, all made from a model
  *   ndarray.c  the only file that sees     forward.c    arguments that every forward shares
  *              NumPy's headers             train.c image.c               functions
+ *   watched.c  signals in long calls
  *
  * Locking. The core wants one caller at a time per object, and runs and generators read and write their model. So one lock, the
  * model's, guards the model and everything made from it; it is waited for without the GIL and held while the core computes without
@@ -100,11 +101,13 @@ typedef struct model_object {
     PyThread_type_lock lock;
     unsigned long owner; /* thread that has the lock, 0: none; read and written with the GIL */
     int depth;
+    bool in_handler; /* the owner's call waits while a signal handler runs */
 } model_object;
 
 static inline model_object *model_ref(model_object *model) { return (model_object *)Py_NewRef((PyObject *)model); }
 
-/* Takes the lock; -1 with an exception when the model is closed. model_leave gives it back; both with the GIL. */
+/* Takes the lock; -1 with an exception when the model is closed, or in a signal handler that interrupts a call on it. model_leave gives it
+ * back; both with the GIL. */
 int model_enter(model_object *self);
 void model_leave(model_object *self);
 void model_lock(model_object *self); /* closed or not: for deallocation */
@@ -112,6 +115,19 @@ void model_lock(model_object *self); /* closed or not: for deallocation */
 /* A Tensor on memory that a model's lock and generation guard, or that `holder` keeps alive (holder NULL: the core's own). */
 PyObject *tensor_view_new(model_object *model, PyObject *holder, PyObject *name, int ndim, const int64_t *shape, void *data);
 PyObject *tensor_borrow(core_state *state, PyObject *obj, const char *what, array_kind kind, Py_ssize_t *n, const void **data);
+
+/* ---- watched.c ------------------------------------------------------------------------------------------------------------- */
+
+/* Between begin and end the core computes without the GIL. On Python's main thread signals are handled meanwhile; when a handler raises, the core
+ * stops, the status is STV_ERR_INTERRUPTED and the exception is set. */
+typedef struct watched {
+    model_object *model; /* entered */
+    PyThreadState *thread;
+    stv_watch watch, *outer;
+} watched;
+
+void watched_begin(watched *self, model_object *model);
+void watched_end(watched *self);
 
 /* ---- batch.c, forward.c ---------------------------------------------------------------------------------------------------- */
 

@@ -12,6 +12,7 @@ static const char *status_code(stv_status status)
     case STV_ERR_DTYPE: return "dtype";
     case STV_ERR_NAME: return "name";
     case STV_ERR_STATE: return "state";
+    case STV_ERR_INTERRUPTED: return "interrupted";
     case STV_ERR_MEMORY: return "memory";
     case STV_ERR_FILE: return "file";
     case STV_ERR_FORMAT: return "format";
@@ -42,6 +43,7 @@ PyObject *raise_status(core_state *state, stv_status status)
     case STV_ERR_DTYPE:
     case STV_ERR_NAME: PyErr_SetString(PyExc_ValueError, message); break;
     case STV_ERR_MEMORY: PyErr_SetString(PyExc_MemoryError, message); break;
+    case STV_ERR_INTERRUPTED: break; /* a signal handler's exception stands */
     case STV_ERR_FILE: PyErr_SetString(PyExc_OSError, message); break;
     case STV_ERR_NUMERIC: raise_with_code(state->numeric_error, PyUnicode_FromString(message), status_code(status)); break;
     default: raise_with_code(state->error, PyUnicode_FromString(message), status_code(status)); break;

@@ -42,9 +42,10 @@ static PyObject *generator_create(PyTypeObject *type, model_object *model, batch
     }
     stv_status status = STV_OK;
     if (forward_check_theta(call, model, "Generator") == 0) {
-        Py_BEGIN_ALLOW_THREADS
+        watched w;
+        watched_begin(&w, model);
         status = stv_generator_create(&self->generator, model->model, batch->batch, &call->options, options);
-        Py_END_ALLOW_THREADS
+        watched_end(&w);
         if (status == STV_OK) {
             self->model = model_ref(model);
             self->n = stv_generator_n(self->generator);
@@ -137,7 +138,11 @@ PyDoc_STRVAR(close_doc, "close($self)\n--\n\nFrees the key/value cache now. Clos
 static PyObject *generator_close(PyObject *object, PyObject *unused)
 {
     (void)unused;
+    generator_object *self = (generator_object *)object;
+    if (!self->generator) Py_RETURN_NONE;
+    if (model_enter(self->model) < 0) return NULL;
     generator_clear(object);
+    model_leave(self->model);
     Py_RETURN_NONE;
 }
 
@@ -151,14 +156,16 @@ static int generator_enter(generator_object *self)
     return -1;
 }
 
-PyDoc_STRVAR(step_doc,
-             "step($self)\n--\n\n"
-             "Draws one token for every continuation that is not finished, and computes the next logits.\n\n"
-             "Returns:\n"
-             "    (tokens, logp): ndarray (n,) int32, -1 where finished before; ndarray (n,) float64, the token's log-probability under the\n"
-             "    unfiltered softmax.\n\n"
-             "Raises:\n"
-             "    Error (\"state\"): closed, or all are finished. NumericError: a logit is not finite.");
+PyDoc_STRVAR(
+    step_doc,
+    "step($self)\n--\n\n"
+    "Draws one token for every continuation that is not finished, and computes the next logits.\n\n"
+    "Returns:\n"
+    "    (tokens, logp): ndarray (n,) int32, -1 where finished before; ndarray (n,) float64, the token's log-probability under the\n"
+    "    unfiltered softmax.\n\n"
+    "Raises:\n"
+    "    Error (\"state\"): closed. NumericError: a logit is not finite. What a signal handler raises, as in Run.forward; the step can then be\n"
+    "    taken again, with the same tokens.");
 
 static PyObject *generator_step(PyObject *object, PyObject *unused)
 {
@@ -172,9 +179,10 @@ static PyObject *generator_step(PyObject *object, PyObject *unused)
         Py_CLEAR(result);
     } else if (result) {
         stv_status status;
-        Py_BEGIN_ALLOW_THREADS
+        watched w;
+        watched_begin(&w, self->model);
         status = stv_generator_step(self->generator, tokens_data, logp_data);
-        Py_END_ALLOW_THREADS
+        watched_end(&w);
         model_leave(self->model);
         if (status != STV_OK) {
             Py_CLEAR(result);

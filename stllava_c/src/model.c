@@ -31,9 +31,10 @@ void model_leave(model_object *self)
 int model_enter(model_object *self)
 {
     model_lock(self);
-    if (self->model) return 0;
+    if (self->model && !self->in_handler) return 0;
+    const char *why = self->model ? "a signal handler cannot use the model whose call it interrupts" : "the model is closed";
     model_leave(self);
-    raise_state(state_of((PyObject *)self), "the model is closed");
+    raise_state(state_of((PyObject *)self), "%s", why);
     return -1;
 }
 
@@ -80,7 +81,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     PyObject *values;
     const char *dtype = "f32";
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|s:Model", names, &PyDict_Type, &values, &dtype)) return NULL;
-    if (strcmp(dtype, "f32") != 0 && strcmp(dtype, "f64") != 0) return PyErr_Format(PyExc_ValueError, "Model: dtype is '%s', supported: f32, f64", dtype);
+    if (strcmp(dtype, "f32") != 0 && strcmp(dtype, "f64") != 0)
+        return PyErr_Format(PyExc_ValueError, "Model: dtype is '%s', supported: f32, f64", dtype);
 
     model_object *self = (model_object *)new_instance(type);
     if (!self) return NULL;

@@ -158,7 +158,8 @@ PyDoc_STRVAR(
     "    ndarray (n_targets,) float64.\n\n"
     "Raises:\n"
     "    ValueError, TypeError: arguments that do not fit. Error (\"state\"): an unbound tensor. MemoryError.\n"
-    "    NumericError: a log-probability is not finite.");
+    "    NumericError: a log-probability is not finite.\n"
+    "    What a signal handler raises (KeyboardInterrupt): on the main thread handlers run about every 50 ms, and the call then ends early.");
 
 static PyObject *run_forward(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -170,9 +171,10 @@ static PyObject *run_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     stv_status status = STV_OK;
     if (model_enter(self->model) < 0) goto done;
     if (forward_check_theta(&call, self->model, "Run.forward") == 0) {
-        Py_BEGIN_ALLOW_THREADS
+        watched w;
+        watched_begin(&w, self->model);
         status = stv_run_forward(self->run, batch->batch, &call.options);
-        Py_END_ALLOW_THREADS
+        watched_end(&w);
         run_forget_last(self);
         if (status == STV_OK) {
             self->last = LAST_FORWARD;
@@ -196,7 +198,8 @@ PyDoc_STRVAR(backward_doc, "backward($self, dlogp)\n--\n\n"
                            "Args:\n"
                            "    dlogp: (n_targets,) real numbers.\n\n"
                            "Raises:\n"
-                           "    Error (\"state\"): no forward with train before it, or nothing trains. ValueError: dlogp has another length.");
+                           "    Error (\"state\"): no forward with train before it, or nothing trains. ValueError: dlogp has another length.\n"
+                           "    What a signal handler raises, as in forward; the gradient buffer then holds a part of the gradient.");
 
 static PyObject *run_backward(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -213,9 +216,10 @@ static PyObject *run_backward(PyObject *object, PyObject *args, PyObject *kwargs
     if (run_check_last(self, LAST_FORWARD, "Run.backward", "forward with train=True") == 0 &&
         check_size("Run.backward: dlogp", (Py_ssize_t)stv_batch_get(self->batch->batch).n_targets, n) == 0) {
         stv_status status;
-        Py_BEGIN_ALLOW_THREADS
+        watched w;
+        watched_begin(&w, self->model);
         status = stv_run_backward(self->run, dlogp);
-        Py_END_ALLOW_THREADS
+        watched_end(&w);
         if (status != STV_OK) raise_status(state_of(object), status);
     }
     model_leave(self->model);
@@ -250,9 +254,10 @@ static PyObject *run_logits(PyObject *object, PyObject *args, PyObject *kwargs)
         logits = array_new(real_kind(self->model->dtype), 2, (Py_ssize_t[]){n, (Py_ssize_t)self->model->config.decoder.vocab_size}, &data);
         if (logits) {
             stv_status status;
-            Py_BEGIN_ALLOW_THREADS
+            watched w;
+            watched_begin(&w, self->model);
             status = stv_run_logits(self->run, indices, n, data);
-            Py_END_ALLOW_THREADS
+            watched_end(&w);
             if (status != STV_OK) {
                 Py_CLEAR(logits);
                 raise_status(state_of(object), status);

@@ -27,9 +27,10 @@ PyObject *run_encode(PyObject *object, PyObject *args, PyObject *kwargs)
         Py_ssize_t shape[2] = {(Py_ssize_t)call.options.n_images * run_tokens_per_image(self), (Py_ssize_t)feature_width(self->model)};
         if (forward_check_theta(&call, self->model, "Run.encode") == 0 && (features = array_new(real_kind(self->model->dtype), 2, shape, &data))) {
             stv_status status;
-            Py_BEGIN_ALLOW_THREADS
+            watched w;
+            watched_begin(&w, self->model);
             status = stv_run_encode(self->run, &call.options, data);
-            Py_END_ALLOW_THREADS
+            watched_end(&w);
             run_forget_last(self);
             if (status != STV_OK) {
                 Py_CLEAR(features);
@@ -71,9 +72,10 @@ PyObject *run_vision_forward(PyObject *object, PyObject *args, PyObject *kwargs)
     if (model_enter(self->model) == 0) {
         if (forward_check_theta(&call, self->model, "Run.vision_forward") == 0) {
             stv_status status;
-            Py_BEGIN_ALLOW_THREADS
+            watched w;
+            watched_begin(&w, self->model);
             status = stv_run_vision_forward(self->run, &call.options, all_layers);
-            Py_END_ALLOW_THREADS
+            watched_end(&w);
             run_forget_last(self);
             if (status == STV_OK) {
                 self->last = LAST_VISION;
@@ -168,9 +170,10 @@ PyObject *run_vision_backward(PyObject *object, PyObject *args, PyObject *kwargs
         check_size("Run.vision_backward: dfeatures",
                    (Py_ssize_t)(self->n_images * self->model->config.vision.hidden_size) * run_tokens_per_image(self), n) == 0) {
         stv_status status;
-        Py_BEGIN_ALLOW_THREADS
+        watched w;
+        watched_begin(&w, self->model);
         status = stv_run_vision_backward(self->run, data);
-        Py_END_ALLOW_THREADS
+        watched_end(&w);
         if (status != STV_OK) raise_status(state_of(object), status);
     }
     model_leave(self->model);
@@ -208,9 +211,10 @@ PyObject *run_projector_forward(PyObject *object, PyObject *args, PyObject *kwar
     call.options.adapters = true;
     if (forward_check_theta(&call, self->model, "Run.projector_forward") == 0) {
         stv_status status;
-        Py_BEGIN_ALLOW_THREADS
+        watched w;
+        watched_begin(&w, self->model);
         status = stv_run_projector_forward(self->run, data, shape[0], shape[1], &call.options);
-        Py_END_ALLOW_THREADS
+        watched_end(&w);
         run_forget_last(self);
         if (status == STV_OK) {
             self->last = LAST_PROJECTOR;
@@ -299,9 +303,10 @@ PyObject *run_projector_backward(PyObject *object, PyObject *args, PyObject *kwa
         check_size("Run.projector_backward: dout", shape[0] * shape[1] * (Py_ssize_t)c->out_size, n) == 0 &&
         (dx = want ? array_new(kind, 3, shape, &din) : Py_NewRef(Py_None))) {
         stv_status status;
-        Py_BEGIN_ALLOW_THREADS
+        watched w;
+        watched_begin(&w, self->model);
         status = stv_run_projector_backward(self->run, dout, din);
-        Py_END_ALLOW_THREADS
+        watched_end(&w);
         if (status != STV_OK) {
             Py_CLEAR(dx);
             raise_status(state_of(object), status);

@@ -151,6 +151,14 @@ static inline stv_batch_spec flat_spec(void)
 
 static inline real *tiny_pixels(int64_t n_images) { return check_random_reals(n_images * 3 * TINY_IMAGE * TINY_IMAGE, 77); }
 
+/* ---- stopping ------------------------------------------------------------------------------------------------------------ */
+
+/* A poll that stops at asking number *(int64_t *)arg. */
+static inline bool tiny_count_down(void *arg) { return --*(int64_t *)arg < 0; }
+
+/* Which askings of a long pass to stop at: the first ones, then every 13th. */
+static inline int64_t tiny_next_stop(int64_t n) { return n + (n < 20 ? 1 : 13); }
+
 /* ---- a model, a batch and a run together --------------------------------------------------------------------------------- */
 
 typedef struct tiny {

@@ -1,9 +1,11 @@
 #include "base/alloc.h"
 #include "base/cpu.h"
 #include "base/rng.h"
+#include "base/watch.h"
 #include "check_exec.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -265,6 +267,54 @@ static void pool_survives_fork(void)
     stv_pool_free(pool);
 }
 
+/* Stops at the n-th asking. */
+static bool count_down(void *arg) { return --*(int *)arg < 0; }
+
+static void pool_stops_when_its_callers_watch_says_so(void)
+{
+    for (int n_threads = 1; n_threads <= 3; n_threads++) {
+        stv_pool *pool;
+        if (!CHECK(stv_pool_create(&pool, n_threads) == STV_OK)) return;
+        int n_left = 5;
+        stv_watch watch = {.poll = count_down, .arg = &n_left};
+        CHECK(stv_watch_set(&watch) == NULL);
+        CHECK_INT(stv_check_stopped("tally"), STV_OK);
+        tally t = {.n_threads = n_threads};
+        while (!watch.stopped) stv_pool_run(pool, N_TASKS, count_task, &t); /* each run asks at least once */
+        CHECK(n_threads > 1 || each_task_done(&t, 5, 1));
+        tally later = {.n_threads = n_threads};
+        stv_pool_run(pool, N_TASKS, count_task, &later);
+        stv_pool_run(pool, 1, count_task, &later);
+        CHECK(each_task_done(&later, 0, 0));
+        CHECK_INT(stv_check_stopped("tally"), STV_ERR_INTERRUPTED);
+        CHECK(stv_watch_set(NULL) == &watch);
+        CHECK_INT(stv_check_stopped("tally"), STV_OK);
+        stv_pool_run(pool, N_TASKS, count_task, &later);
+        CHECK(each_task_done(&later, N_TASKS, 1));
+        stv_pool_free(pool);
+    }
+}
+
+/* Task 0 is the caller's or a worker's; both learn of the stop inside a task, from a poll that another thread of the run answers. */
+static void wait_for_stop(void *arg, int64_t i_task, int i_worker)
+{
+    (void)arg, (void)i_task, (void)i_worker;
+    while (!stv_stopped()) sched_yield();
+}
+
+static void long_tasks_learn_of_the_stop(void)
+{
+    stv_pool *pool;
+    if (!CHECK(stv_pool_create(&pool, 3) == STV_OK)) return;
+    int n_left = 100;
+    stv_watch watch = {.poll = count_down, .arg = &n_left};
+    stv_watch_set(&watch);
+    stv_pool_run(pool, 3, wait_for_stop, NULL);
+    stv_watch_set(NULL);
+    CHECK(watch.stopped);
+    stv_pool_free(pool);
+}
+
 static void pool_run_allocates_nothing(void)
 {
     stv_pool *pool;
@@ -289,6 +339,8 @@ static const check_case cases[] = {
     {"pool resizes", pool_resizes},
     {"pool busy runs inline", pool_busy_runs_inline},
     {"pool survives fork", pool_survives_fork},
+    {"pool stops when its caller's watch says so", pool_stops_when_its_callers_watch_says_so},
+    {"long tasks learn of the stop", long_tasks_learn_of_the_stop},
     {"pool run allocates nothing", pool_run_allocates_nothing},
 };
 

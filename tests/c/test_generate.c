@@ -234,6 +234,43 @@ static void steady_step_allocates_nothing(void)
     tiny_close(&t);
 }
 
+/* A step that was stopped can be taken again, with the same tokens. */
+static void stopped_steps(void)
+{
+    tiny t = open_tiny();
+    stv_generate_options options = {.sampling = {.temperature = 1, .top_p = 1}, .n_per_sequence = 1, .max_new_tokens = MAX_NEW};
+    stv_generator *generator = open_generator(&t, &options);
+    int64_t n = stv_generator_n(generator);
+    int32_t want[MAX_NEW * 5], tokens[MAX_NEW * 5];
+    for (int64_t i = 0; i < MAX_NEW * n; i += n) CHECK_OK(stv_generator_step(generator, want + i, NULL));
+    stv_generator_free(generator);
+    int n_stopped = 0;
+    stv_status created = STV_ERR_INTERRUPTED, stepped = STV_ERR_INTERRUPTED;
+    for (int64_t i_stop = 0; created != STV_OK || stepped != STV_OK; i_stop = tiny_next_stop(i_stop)) {
+        int64_t n_left = i_stop;
+        stv_watch watch = {.poll = tiny_count_down, .arg = &n_left};
+        stv_watch_set(&watch);
+        created = stv_generator_create(&generator, t.model, t.batch, &t.options, &options);
+        stepped = created == STV_OK ? stv_generator_step(generator, tokens, NULL) : STV_ERR_INTERRUPTED;
+        stv_watch_set(NULL);
+        if (created != STV_OK) {
+            CHECK(created == STV_ERR_INTERRUPTED && generator == NULL);
+            continue;
+        }
+        if (stepped != STV_OK) {
+            CHECK_INT(stepped, STV_ERR_INTERRUPTED);
+            CHECK_OK(stv_generator_step(generator, tokens, NULL));
+            n_stopped++;
+        }
+        CHECK_SAME_BITS("tokens", want, tokens, (size_t)n * sizeof *want);
+        for (int64_t i = n; i < MAX_NEW * n; i += n) CHECK_OK(stv_generator_step(generator, tokens + i, NULL));
+        CHECK_SAME_BITS("tokens", want, tokens, MAX_NEW * (size_t)n * sizeof *want);
+        stv_generator_free(generator);
+    }
+    CHECK(n_stopped > 2);
+    tiny_close(&t);
+}
+
 static void features_and_snapshot_reach_every_step(void)
 {
     tiny t = open_tiny();
@@ -296,6 +333,7 @@ static const check_case cases[] = {
     {"sequences end", sequences_end},
     {"finishing leaves the others alone", finishing_leaves_the_others_alone},
     {"steady step allocates nothing", steady_step_allocates_nothing},
+    {"stopped steps", stopped_steps},
     {"features and snapshot reach every step", features_and_snapshot_reach_every_step},
     {"errors are named", errors_are_named},
 };

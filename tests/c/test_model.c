@@ -190,6 +190,41 @@ static void threads_change_nothing(void)
     tiny_close(&t);
 }
 
+/* Stopped before any of its tasks, a pass ends, leaves nothing to ask for, and the next one has the same bits. */
+static void stopped_passes_leave_nothing_behind(void)
+{
+    stv_model_config config = tiny_config();
+    stv_batch_spec spec = tree_spec();
+    tiny t = tiny_open(&config, &spec, 2, 0.3);
+    t.options.dropout = t.options.mean_logit = true;
+    CHECK_OK(stv_run_set_recompute(t.run, 1, 1));
+    real *whole = tiny_gradient(&t);
+    stv_status forward = STV_ERR_INTERRUPTED, backward = STV_ERR_INTERRUPTED;
+    int64_t n_stopped[2] = {0, 0};
+    for (int64_t n = 0; forward != STV_OK || backward != STV_OK; n = tiny_next_stop(n)) {
+        int64_t n_left = n;
+        stv_watch watch = {.poll = tiny_count_down, .arg = &n_left};
+        CHECK_OK(stv_model_zero_grad(t.model));
+        stv_watch_set(&watch);
+        forward = stv_run_forward(t.run, t.batch, &t.options);
+        backward = forward == STV_OK ? stv_run_backward(t.run, t.weight) : STV_ERR_INTERRUPTED;
+        stv_watch_set(NULL);
+        if (forward != STV_OK) {
+            CHECK_INT(forward, STV_ERR_INTERRUPTED);
+            CHECK(stv_run_logp(t.run) == NULL);
+            n_stopped[0]++;
+        } else if (backward != STV_OK) {
+            CHECK_INT(backward, STV_ERR_INTERRUPTED);
+            n_stopped[1]++;
+        }
+        CHECK_ERROR(stv_run_backward(t.run, t.weight), STV_ERR_STATE, "backward");
+    }
+    CHECK(n_stopped[0] > 20 && n_stopped[1] > 5);
+    real *again = tiny_gradient(&t);
+    CHECK_SAME_BITS("gradient", whole, again, (size_t)stv_model_n_trainable(t.model) * sizeof(real));
+    tiny_close(&t);
+}
+
 /* ---- what trains --------------------------------------------------------------------------------------------------------- */
 
 static bool is_adapter(const stv_tensor_info *info) { return strstr(info->name, ".lora_") != NULL; }
@@ -662,6 +697,7 @@ static const check_case cases[] = {
     {"sample alone equals sample in batch", sample_alone_equals_sample_in_batch},
     {"recompute changes nothing", recompute_changes_nothing},
     {"threads change nothing", threads_change_nothing},
+    {"stopped passes leave nothing behind", stopped_passes_leave_nothing_behind},
     {"subsets get the same gradient", subsets_get_the_same_gradient},
     {"backward stops where nothing trains below", backward_stops_where_nothing_trains_below},
     {"vision_grad off stops at the tower", vision_grad_off_stops_at_the_tower},
