@@ -12,6 +12,7 @@ help:
 	@echo "make test        every test; the C tests run under sanitizers, from pytest         (ARGS='-k name': part of pytest)"
 	@echo "make test-long   the exhaustive forms: every fault, thousands of damaged files, fuzzing"
 	@echo "make bench       benchmarks against torch + peft, OpenBLAS           (ARGS=sft: rows with that in their id; STLLAVA_PEERS=PYTHON: where torch is)"
+	@echo "make lint        format, style, types and clang-tidy; the tools come from PyPI     (make format: formats the C files)"
 	@echo "make asan        the core and the binding under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean       removes .venv, build/ and the built extension"
 
@@ -50,6 +51,24 @@ $(PEERS)/installed: benchmarks/peers/requirements.txt
 	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
+# The tools in the versions that pyproject.toml names, beside the package, since mypy reads NumPy's types. clang-tidy compiles as the build did.
+LINT := $(VENV)/lint
+FORMATTED := $(shell find csrc stllava_c/src tests/c -name '*.[ch]')
+
+$(LINT): pyproject.toml $(INSTALLED)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["lint"])' | \
+		xargs $(BIN)/python -m pip install -q --disable-pip-version-check
+	@touch $@
+
+lint: $(LINT)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@find csrc stllava_c/src -name '*.c' | xargs -P $$(nproc) -n 1 $(BIN)/clang-tidy -quiet -p build
+
+format: $(LINT)
+	$(BIN)/clang-format -i $(FORMATTED)
+
 # An installation of its own, run from another folder: the checkout holds the extension of `make install`.
 ASAN := $(CURDIR)/build/asan
 asan:
@@ -62,4 +81,4 @@ asan:
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info stllava_c/libs stllava_c/_core*.so
 
-.PHONY: help install demo demo-base test test-long bench asan clean
+.PHONY: help install demo demo-base test test-long bench lint format lint format asan clean

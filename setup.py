@@ -16,6 +16,7 @@ Objects stay in build/objects/, so that the next build compiles only what change
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -100,6 +101,7 @@ class Build(build_ext):
         digest = hashlib.sha256(shlex.join(self.cc + flags).encode()).hexdigest()[:12]
         self.objects = HERE / "build" / "objects" / digest
         jobs = core_sources() + binding_sources()
+        self._record(flags, jobs)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
             cuda = pool.submit(self._build_cuda, libs)
             compiled = list(pool.map(lambda job: self._compile(flags, *job), jobs))
@@ -129,6 +131,13 @@ class Build(build_ext):
         source = next(Path(scipy_openblas32.get_lib_dir()).glob(f"lib{scipy_openblas32.get_library()}.so*"))
         place(source, libs)
         return ["-DSTV_HAVE_BLAS", "-DSTV_BLAS_BUNDLED"], [str(libs / source.name), "-Wl,-rpath,$ORIGIN/libs"]
+
+    def _record(self, flags: list[str], jobs: list[tuple[Path, list[str], str]]) -> None:
+        """build/compile_commands.json, for editors and clang-tidy; of a source that is compiled twice, the f32 command."""
+        commands = {str(source): [*self.cc, *flags, *extra, "-c", str(source)] for source, extra, _ in reversed(jobs)}
+        self.objects.mkdir(parents=True, exist_ok=True)
+        (HERE / "build" / "compile_commands.json").write_text(json.dumps(
+            [{"directory": str(HERE), "file": file, "arguments": arguments} for file, arguments in commands.items()], indent=1))
 
     def _compile(self, flags: list[str], source: Path, extra: list[str], name: str) -> Path:
         target = (self.objects / name).with_name(Path(name).name + ".o")

@@ -13,13 +13,16 @@ static bool alloc_rows(stv_kv_cache *cache, const stv_decoder_config *c)
 
 static bool alloc_plans(stv_kv_cache *cache, int64_t n_sequences, int64_t n_path_spans)
 {
-    size_t n = (size_t)cache->n, q = (size_t)n_sequences;
+    size_t n = (size_t)cache->n, q = (size_t)n_sequences, spans_size;
+    if (!stv_size_mul(&spans_size, (size_t)cache->n_per_sequence, (size_t)n_path_spans) || !stv_size_add(&spans_size, spans_size, n) ||
+        !stv_size_mul(&spans_size, spans_size, sizeof *cache->spans))
+        return false;
     cache->path = stv_alloc(q * sizeof *cache->path);
     cache->path_spans = stv_alloc((size_t)n_path_spans * sizeof *cache->path_spans);
     cache->path_position = stv_alloc(q * sizeof *cache->path_position);
     cache->length = stv_alloc_zero(n * sizeof *cache->length);
     cache->segments = stv_alloc(n * sizeof *cache->segments);
-    cache->spans = stv_alloc((size_t)(cache->n_per_sequence * n_path_spans + cache->n) * sizeof *cache->spans);
+    cache->spans = stv_alloc(spans_size);
     cache->row = stv_alloc(n * sizeof *cache->row);
     cache->position = stv_alloc(n * sizeof *cache->position);
     return cache->path && cache->path_spans && cache->path_position && cache->length && cache->segments && cache->spans && cache->row &&
