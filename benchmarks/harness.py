@@ -122,11 +122,11 @@ def time_to_first(command: list[str], *args: str) -> float:
 
 
 def compile_c(source: str, *flags: str) -> Path:
-    """benchmarks/SOURCE for this machine, into build/bench."""
+    """benchmarks/SOURCE into build/bench, warnings as errors."""
     BUILD.mkdir(parents=True, exist_ok=True)
     target = BUILD / Path(source).stem
-    subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-Wall", "-Wextra", "-pthread",
-                    str(HERE / source), "-o", str(target), *flags, "-lm"], check=True)
+    subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-O3", "-Wall", "-Wextra", "-Werror", "-pthread", str(HERE / source), "-o", str(target), *flags,
+                    "-lm"], check=True)
     return target
 
 
@@ -134,7 +134,7 @@ def compile_c(source: str, *flags: str) -> Path:
 def machine() -> dict[str, float]:
     """One core: register_peak_f32 in GFLOP/s, memory_bandwidth in GB/s."""
     core = max(os.sched_getaffinity(0))
-    done = subprocess.run([compile_c("calibrate.c")], capture_output=True, text=True, check=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}))
+    done = subprocess.run([compile_c("calibrate.c", "-march=native", "-ffp-contract=fast")], capture_output=True, text=True, check=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}))
     return json.loads(done.stdout)
 
 
