@@ -192,14 +192,16 @@ stv_status stv_image_probe(const void *bytes, size_t n, int *width_px, int *heig
 
 #ifdef STV_HAVE_STB
 
-/* No single buffer of an admitted picture is larger; a PNG that inflates beyond it is refused. */
-enum { STB_MAX_BYTES = 4 * STV_IMAGE_MAX_PIXELS + 8 * STV_IMAGE_MAX_SIDE_PX };
+/* No single buffer of the picture in work is larger (buffers grow by doubling); a PNG that inflates beyond it is refused. */
+static _Thread_local size_t max_bytes;
+
+static size_t largest_buffer(const header *h, size_t n) { return 2 * n + 8 * (size_t)h->height_px * ((size_t)h->width_px + 1) + 65536; }
 
 static _Thread_local bool out_of_memory; /* why the last decoding failed, if not for a damaged picture */
 
 static void *stb_alloc(size_t size_bytes)
 {
-    if (size_bytes > STB_MAX_BYTES) return NULL;
+    if (size_bytes > max_bytes) return NULL;
     void *p = stv_alloc_zero(size_bytes);
     if (!p) out_of_memory = true;
     return p;
@@ -232,6 +234,7 @@ static stv_status decode(uint8_t *rgb, const header *h, const void *bytes, size_
 {
     int width_px, height_px, channels;
     out_of_memory = false;
+    max_bytes = largest_buffer(h, n);
     uint8_t *decoded = stbi_load_from_memory(bytes, (int)n, &width_px, &height_px, &channels, 3);
     if (!decoded && out_of_memory) return stv_fail(STV_ERR_MEMORY, "image: no memory for decoding %dx%d pixels", h->width_px, h->height_px);
     if (!decoded) return stv_fail(STV_ERR_FORMAT, "image: damaged, the pixels of %dx%d cannot be decoded", h->width_px, h->height_px);

@@ -31,7 +31,7 @@ import stllava_c
 from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError, FormatError
-from stllava.limits import MAX_IMAGE_BYTES, MAX_NUMBER, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_PLAIN_PIXELS, MAX_SIDE_PX
+from stllava.limits import MAX_IMAGE_BYTES, MAX_JPEG_SCANS, MAX_NUMBER, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_PLAIN_PIXELS, MAX_PNG_TEXTS, MAX_SIDE_PX
 from stllava.paths import read_regular
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -44,6 +44,8 @@ CONFIG_FILE = "preprocessor_config.json"
 _ORIENTATION = 0x0112  # EXIF tag
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _CORE_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"BM")
+_COSTLY = ((b"\xff\xd8", (b"\xff\xda",), MAX_JPEG_SCANS, "scans of a JPEG"),
+           (b"\x89PNG", (b"zTXt", b"iTXt"), MAX_PNG_TEXTS, "compressed texts in a PNG"))
 _PNG_DEPTH_AT = 24  # byte offset of the bit depth
 
 Mode: TypeAlias = Literal["default", "compat"]
@@ -108,6 +110,9 @@ def _decode_in_core(data: bytes) -> NDArray[np.uint8] | None:
 
 
 def _open(data: bytes, notes: list[str]) -> Image.Image:
+    for signature, marks, limit, what in _COSTLY:
+        if data.startswith(signature) and (n := sum(map(data.count, marks))) > limit:
+            raise ValueError(f"{n} {what}, limit {limit}")
     with _noted(notes):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_size(*image.size, len(data))

@@ -7,15 +7,17 @@ MAX_JSON_BYTES = 16 * 2**20
 """Configuration, index and manifest files. The index of 100,000 tensors has about 10 MB."""
 MAX_JSON_DEPTH = 64
 """Objects and lists inside each other, in every JSON text."""
-MAX_JSON_ITEMS = 500_000
+MAX_JSON_ITEMS = 200_000
 """Items of all lists and objects of a configuration, index or manifest file together: a parsed item takes up to 30 times its text."""
 
 MAX_HEADER_BYTES = 100_000_000
 """Header of a safetensors file, the format's own limit."""
 MAX_STRING_CHARS = 16 * 2**20
 """One value of a safetensors file's metadata."""
-MAX_TENSORS = 1_000_000
-"""Tensors of a file; also entries of a torch zip archive."""
+MAX_TENSORS = 100_000
+"""Tensors of a file; also entries of a torch zip archive. The largest public models have as many in all their files together."""
+MAX_SHARDS = 4096
+"""Files of an index."""
 MAX_RANK = 8
 MAX_NAME_BYTES = 512
 """Name of a tensor, UTF-8."""
@@ -31,6 +33,10 @@ MAX_IMAGE_BYTES = 64 * 2**20
 """An image file. This and the next two are the core's limits too (csrc/image/decode.h)."""
 MAX_SIDE_PX = 65_535
 MAX_PIXELS = 178_956_970
+MAX_JPEG_SCANS = 100
+"""Each scan of a progressive JPEG walks over all its blocks; encoders write about 10."""
+MAX_PNG_TEXTS = 16
+"""Compressed text chunks of a PNG; each may unpack to 1 MB before Pillow refuses it."""
 MAX_PLAIN_PIXELS = 2**22
 """Pictures larger than this must not have more than MAX_PIXELS_PER_BYTE pixels for each byte of their file."""
 MAX_PIXELS_PER_BYTE = 1024
@@ -38,7 +44,8 @@ MAX_PIXELS_PER_BYTE = 1024
 MAX_VOCABULARY = 2**20
 """Pieces of a tokenizer, and ids that its added tokens may have."""
 MAX_PIECE_BYTES = 1024
-MAX_TOKENIZER_BYTES = 64 * 2**20
+MAX_ADDED_TOKENS = 1000
+MAX_TOKENIZER_BYTES = 16 * 2**20
 """The file tokenizer.model."""
 
 MAX_WIDTH = 2**20

@@ -42,14 +42,14 @@ def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         # A FIFO would wait for ever and a device never end. It may have become one since, hence O_NONBLOCK.
         if stat.S_ISREG(os.stat(path).st_mode):
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                data = file.read(min(size, max_bytes) + 1)
+                n_bytes = os.fstat(file.fileno()).st_size
+                data = file.read(n_bytes + 1) if n_bytes <= max_bytes else None
         else:
             raise FormatError(f"{os.fspath(path)}: not a regular file", path=path)
     except ValueError as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{os.fspath(path)!r}: not a file name: {error}", path=path) from error
-    if len(data) > max_bytes:
+    if data is None or len(data) > max_bytes:
         raise FormatError(f"{os.fspath(path)}: larger than the limit of {max_bytes} bytes", path=path)
     return data

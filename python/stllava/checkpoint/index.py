@@ -18,6 +18,7 @@ import numpy as np
 from stllava.checkpoint import atomic, safetensors_file, strict_json, torch_zip
 from stllava.checkpoint.tensor_file import TensorFile
 from stllava.errors import FormatError
+from stllava.limits import MAX_SHARDS
 from stllava.paths import inside
 
 Format = Literal["safetensors", "bin"]
@@ -74,12 +75,16 @@ def _read_shards(index_path: Path) -> list[TensorFile]:
             raise FormatError(f"{index_path}: tensor {tensor}: file {str(file_name)[:120]!r} lies outside the directory: it is no name",
                               path=index_path, field=tensor)
         tensors_of.setdefault(file_name, set()).add(tensor)
-    shards = []
-    paths = {file_name: _shard_path(index_path, file_name) for file_name in sorted(tensors_of)}
-    for file_name, path in paths.items():
+        if len(tensors_of) > MAX_SHARDS:
+            raise FormatError(f"{index_path}: more than {MAX_SHARDS} files", path=index_path, field="weight_map")
+    paths = {}
+    for file_name in sorted(tensors_of):
+        path = paths[file_name] = _shard_path(index_path, file_name)
         if not path.exists():
             raise FormatError(f"{index_path}: shard {file_name} is missing; copy or download it again", path=index_path,
                               field=file_name)
+    shards = []
+    for file_name, path in paths.items():
         shard, listed = read_file(path), tensors_of[file_name]
         if missing := sorted(listed - set(shard)):
             raise FormatError(f"{shard.path}: {len(missing)} tensors that {index_path.name} lists are not in this file, first "

@@ -24,7 +24,10 @@ from stllava.checkpoint.tensor_file import NUMPY_DTYPES, TensorFile, check_name,
 from stllava.errors import FormatError
 from stllava.limits import MAX_HEADER_BYTES, MAX_RANK, MAX_STRING_CHARS, MAX_TENSORS
 
+_STEP = 1 << 20
+_DTYPE = b'"dtype"'
 _ITEMS_PER_TENSOR = 16  # commas and brackets of an entry of rank 8
+_OTHER_ITEMS = 65536  # of the metadata
 _METADATA = "__metadata__"
 _FILE_DTYPES = {name.upper(): name for name in NUMPY_DTYPES}
 
@@ -64,10 +67,24 @@ def _read_header(buffer: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
         raise FormatError(f"{path}: header of {n_header} bytes, limit {MAX_HEADER_BYTES}; not a safetensors file?", path=path)
     if n_header > len(buffer) - 8:
         raise FormatError(f"{path}: header of {n_header} bytes, but only {len(buffer) - 8} follow; truncated file", path=path)
+    _check_cost(buffer, 8, 8 + n_header, path)
     data = buffer[8:8 + n_header]
     if data[:1] != b"{":
         raise FormatError(f"{path}: header starts with {data[:1]!r}, want b'{{'; not a safetensors file", path=path)
-    return strict_json.parse_object(data, path, "safetensors header", _ITEMS_PER_TENSOR * MAX_TENSORS), 8 + n_header
+    return strict_json.parse_object(data, path, "safetensors header"), 8 + n_header
+
+
+def _check_cost(buffer: mmap.mmap, begin: int, end: int, path: Path) -> None:
+    """Refuse a header that would be large in memory, before it is there: parsed JSON takes up to 30 times its text."""
+    n_tensors = n_items = 0
+    for start in range(begin, end, _STEP):
+        piece = buffer[start:min(start + _STEP, end)]
+        n_tensors += buffer[start:min(start + _STEP + len(_DTYPE) - 1, end)].count(_DTYPE)
+        n_items += strict_json.n_items(piece)
+        if n_tensors > MAX_TENSORS:
+            raise FormatError(f"{path}: more than {MAX_TENSORS} tensors", path=path)
+        if n_items > _ITEMS_PER_TENSOR * n_tensors + _OTHER_ITEMS or b"\0" in piece:
+            raise FormatError(f"{path}: safetensors header is not valid: no table of tensors ({n_items} items, {n_tensors} tensors)", path=path)
 
 
 def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:

@@ -16,7 +16,6 @@ from stllava.errors import FormatError
 from stllava.limits import MAX_JSON_BYTES, MAX_JSON_DEPTH, MAX_JSON_ITEMS
 from stllava.paths import read_regular
 
-_STEP = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -62,16 +61,13 @@ def parse(text: str) -> Any:
     return value
 
 
-def parse_object(data: bytes, path: str | os.PathLike[str], what: str = "JSON file", max_items: int = MAX_JSON_ITEMS) -> dict[str, Any]:
-    """Parse `data` (UTF-8 bytes that must hold one JSON object). `path` and `what` only appear in errors.
+def n_items(data: bytes) -> int:
+    """At most so many items are in lists and objects: each comes with a comma or behind a bracket."""
+    return sum(map(data.count, (b",", b"[", b"{")))
 
-    Raises FormatError for anything else, and for more than `max_items` items, counted by their commas and brackets before anything is built.
-    """
-    n_items = 0
-    for start in range(0, len(data), _STEP):
-        n_items += sum(data.count(sign, start, start + _STEP) for sign in (b",", b"[", b"{"))
-        if n_items > max_items:
-            raise FormatError(f"{path}: {what} has more than {max_items} items", path=path)
+
+def parse_object(data: bytes, path: str | os.PathLike[str], what: str = "JSON file") -> dict[str, Any]:
+    """Parse `data` (UTF-8 bytes that must hold one JSON object). `path` and `what` only appear in errors. Raises FormatError for anything else."""
     try:
         value = parse(data.decode("utf-8"))
     except ValueError as error:
@@ -81,12 +77,15 @@ def parse_object(data: bytes, path: str | os.PathLike[str], what: str = "JSON fi
     return value
 
 
-def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_object(path: str | os.PathLike[str], max_items: int = MAX_JSON_ITEMS) -> dict[str, Any]:
     """Read a JSON file that must hold one object. Raises FormatError (content) or OSError (file)."""
     path = Path(path)
     if not path.exists():
         raise FormatError(f"{path}: no such file", path=path)
-    return parse_object(read_regular(path, MAX_JSON_BYTES), path)
+    data = read_regular(path, MAX_JSON_BYTES)
+    if n_items(data) > max_items:
+        raise FormatError(f"{path}: more than {max_items} items", path=path)
+    return parse_object(data, path)
 
 
 def dump_object(value: dict[str, Any]) -> bytes:

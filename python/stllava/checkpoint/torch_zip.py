@@ -102,6 +102,8 @@ def _stored_entries(path: Path, buffer: mmap.mmap) -> dict[str, tuple[int, int]]
             raw_name = buffer[name_at:name_at + n_name]
             size, stored, start = _wide(buffer[name_at + n_name:name_at + n_name + n_extra], size, stored, start)
             name = raw_name.decode("utf-8")
+            if start + size > end:
+                raise fail(f"entry {name[:80]!r} lies outside the file")
             if method != zipfile.ZIP_STORED or stored != size or flags & _ENCRYPTED:
                 raise fail(f"entry {name[:80]!r} is compressed or encrypted; torch stores them plain")
             if name in entries:
@@ -119,7 +121,7 @@ def _stored_entries(path: Path, buffer: mmap.mmap) -> dict[str, tuple[int, int]]
     places.sort()
     for (_, free, name), (start, _, other) in zip(places, [*places[1:], (end, end, "the directory")], strict=True):
         if free > start:
-            raise fail(f"entry {name[:80]!r} overlaps {other[:80]!r} or lies outside the file")
+            raise fail(f"entry {name[:80]!r} overlaps {other[:80]!r}")
     return entries
 
 

@@ -18,7 +18,7 @@ import sentencepiece
 from stllava.checkpoint.atomic import make_directory, write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError, FormatError
-from stllava.limits import MAX_PIECE_BYTES, MAX_TOKENIZER_BYTES, MAX_VOCABULARY
+from stllava.limits import MAX_ADDED_TOKENS, MAX_JSON_ITEMS, MAX_PIECE_BYTES, MAX_TOKENIZER_BYTES, MAX_VOCABULARY
 from stllava.paths import read_regular
 
 _UNDERLINE = "\u2581"
@@ -52,6 +52,8 @@ class Tokenizer:
         self.legacy = legacy
         self.model_max_length = model_max_length
         self.added_tokens = dict(added_tokens or {})
+        if len(self.added_tokens) > MAX_ADDED_TOKENS:
+            raise FormatError(f"{path}: {len(self.added_tokens)} added tokens, limit {MAX_ADDED_TOKENS}", path=path)
         for token, i in self.added_tokens.items():
             if not token or len(token.encode("utf-8", "surrogatepass")) > MAX_PIECE_BYTES or type(i) is not int or not 0 <= i < MAX_VOCABULARY:
                 raise FormatError(f"{path}: added token {token[:80]!r}: {i!r}, want a text of 1 to {MAX_PIECE_BYTES} bytes and an id from 0 to "
@@ -177,14 +179,15 @@ class Tokenizer:
                     path=config_path,
                     field=key,
                 )
-        legacy, longest = config.get("legacy"), config.get("model_max_length") or 2048
+        legacy, longest = config.get("legacy"), config.get("model_max_length")
+        longest = 2048 if longest is None else longest
         if type(longest) not in (int, float) or longest < 1:  # transformers writes 1e30 for "none"
             raise ConfigError(f"{config_path}: model_max_length is {longest!r}, want a positive number", path=config_path, field="model_max_length")
         return cls(
             folder / _MODEL_FILE,
             legacy=True if legacy is None else bool(legacy),
             model_max_length=int(longest),
-            added_tokens=_read_if_present(folder / _ADDED_FILE),
+            added_tokens=_read_if_present(folder / _ADDED_FILE, MAX_ADDED_TOKENS),
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -226,5 +229,5 @@ def _load(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     return model
 
 
-def _read_if_present(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}
+def _read_if_present(path: Path, max_items: int = MAX_JSON_ITEMS) -> dict[str, Any]:
+    return read_object(path, max_items) if path.exists() else {}
