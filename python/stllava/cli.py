@@ -16,11 +16,14 @@ from .errors import StllavaError
 
 __all__ = ["main"]
 
+SIGNALS = ("On SIGTERM the running step is finished and a checkpoint written, then the exit code is 143; on Ctrl-C the last checkpoint stands, 130. "
+           "The same command with --resume_from_checkpoint auto goes on from the newest checkpoint, or begins: same weights, same log.")
 USE = "Research use only: not a medical device, not for diagnosis or treatment."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 an error of the user's data or settings (one line on stderr), 2 bad command line, 130 interrupted."""
+    """Exit codes: 0 done, 1 an error of the user's data or settings (one line on stderr), 2 bad command line, 130 interrupted, 143 stopped by SIGTERM
+    after a checkpoint was written."""
     parser = argparse.ArgumentParser(prog="stllava", description=f"Self-training of medical vision-language models. {USE}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -102,6 +105,7 @@ def _model(args: argparse.Namespace):
 
 
 def _data_flags(parser: argparse.ArgumentParser, template: str) -> None:
+    parser.epilog = SIGNALS
     parser.add_argument("--data_path", required=True)
     parser.add_argument("--image_folder", default=None)
     parser.add_argument("--version", default=template, help="conversation template")
@@ -120,9 +124,10 @@ def _data_options(args: argparse.Namespace, model: Any) -> dict[str, Any]:
             "max_length": args.model_max_length, "tokens_per_image": model.core.tokens_per_image, "on_bad_sample": args.on_bad_sample}
 
 
-def _train(args: argparse.Namespace, config: type, dataset: type, trainer: type, **data_options: Any) -> None:
+def _train(args: argparse.Namespace, config: type, dataset: type, trainer: type, **data_options: Any) -> int:
     from .checkpoint.peft import LoraConfig
     from .data.sft import summary
+    from .train.terminate import TERMINATED, Terminated
     model = _model(args)
     settings = config(**take_fields(args, config))
     data = dataset(args.data_path, **_data_options(args, model), **data_options)
@@ -133,9 +138,14 @@ def _train(args: argparse.Namespace, config: type, dataset: type, trainer: type,
     if args.vit_lora_enable:
         model.add_lora(LoraConfig(r=args.lora_r_vit, lora_alpha=args.lora_alpha_vit, lora_dropout=args.lora_dropout_vit), "vit", seed=settings.seed)
     run = trainer(model, settings, data)
-    result = run.train()
+    try:
+        result = run.train()
+    except Terminated as stop:
+        print(f"stllava: {stop}", file=sys.stderr)
+        return TERMINATED
     run.save_model()
     print(json.dumps({"global_step": result.global_step, **result.metrics}))
+    return 0
 
 
 def add_sft(parser: argparse.ArgumentParser) -> None:
@@ -147,11 +157,11 @@ def add_sft(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, SFTConfig)
 
 
-def run_sft(args: argparse.Namespace) -> None:
+def run_sft(args: argparse.Namespace) -> int:
     from .data.sft import SFTDataset
     from .train.arguments import SFTConfig
     from .train.sft import SFTTrainer
-    _train(args, SFTConfig, SFTDataset, SFTTrainer, sq_r=args.sq_r, seed=getattr(args, "seed", 42))
+    return _train(args, SFTConfig, SFTDataset, SFTTrainer, sq_r=args.sq_r, seed=getattr(args, "seed", 42))
 
 
 def add_dpo(parser: argparse.ArgumentParser) -> None:
@@ -162,11 +172,11 @@ def add_dpo(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, DPOConfig)
 
 
-def run_dpo(args: argparse.Namespace) -> None:
+def run_dpo(args: argparse.Namespace) -> int:
     from .data.dpo import DPODataset
     from .train.arguments import DPOConfig
     from .train.dpo import DPOTrainer
-    _train(args, DPOConfig, DPODataset, DPOTrainer)
+    return _train(args, DPOConfig, DPODataset, DPOTrainer)
 
 
 def _step_flags(parser: argparse.ArgumentParser, settings: type) -> None:

@@ -100,3 +100,136 @@ while not seen:
 assert seen == ["state"] * 5 + [(3,)], seen
 np.testing.assert_array_equal(run.forward(middle), logp)
 """)
+
+
+# A training run on the tiny model. `at(step, what)` calls back when that many updates are done; `finish()` trains, and prints how it ended.
+TRAIN = """
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from kill_worker import *
+from stllava.train.callbacks import TrainerCallback
+from stllava.train.terminate import Terminated
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+folder = Path(sys.argv[2])
+images = folder / "images"
+if not images.is_dir():
+    images.mkdir()
+    write_pictures(images, 5)
+
+class At(TrainerCallback):
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+def trainer(out, *callbacks, **settings):
+    model = model_for(dropout=0.2)
+    data = SFTDataset(sft_records(sorted(path.name for path in images.iterdir())), model.tokenizer, model.image_processor, image_folder=images,
+                      tokens_per_image=model.core.tokens_per_image)
+    return SFTTrainer(model, SFTConfig(str(folder / out), max_steps=6, per_device_train_batch_size=2, learning_rate=5e-3, logging_steps=4,
+                                       disable_tqdm=True, resume_from_checkpoint="auto", **settings), data, callbacks=callbacks)
+
+def bytes_of(out):
+    return (folder / out / "log.jsonl").read_bytes(), model_bytes[out]
+
+def finish(out, **settings):
+    t = trainer(out, **settings)
+    assert t.train().global_step == 6
+    model_bytes[out] = t.model.core.theta.numpy().tobytes() + t.updater.exp_avg_sq.tobytes()
+
+model_bytes = {}
+"""
+
+
+def test_sigterm_saves_at_the_end_of_the_step_and_ends_with_143(tmp_path):
+    code = TRAIN + """
+trainer("out", At(3, signal.SIGTERM)).train()
+print("not reached")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (143, ""), done.stderr
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    child(TRAIN + """
+finish("out")
+finish("whole")
+assert bytes_of("out") == bytes_of("whole")
+
+# the handler before is back, however training ended; the exception says where to go on
+def mine(number, frame): ...
+signal.signal(signal.SIGTERM, mine)
+try:
+    trainer("again", At(2, signal.SIGTERM), save_strategy="steps", save_steps=2).train()
+except Terminated as stop:
+    assert stop.code == 143 and stop.checkpoint == folder / "again" / "checkpoint-2", stop
+assert signal.getsignal(signal.SIGTERM) is mine
+finish("again")
+assert signal.getsignal(signal.SIGTERM) is mine and bytes_of("again") == bytes_of("whole")
+
+# where the process ignores SIGTERM, and beside the main thread, training leaves the signal alone
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+t = trainer("ignored", At(2, signal.SIGTERM))
+assert t.train().global_step == 6 and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+thread = threading.Thread(target=lambda: finish("thread"))
+thread.start()
+thread.join()
+assert bytes_of("thread") == bytes_of("whole")
+""", str(tmp_path))
+
+
+def test_a_run_interrupted_in_a_step_goes_on_as_if_nothing_had_happened(tmp_path):
+    """Ctrl-C comes while the third update computes: in the middle of its second forward."""
+    child(TRAIN + """
+t = trainer("out", save_strategy="steps", save_steps=1)
+real, calls = t.objective.step, []
+
+def step(micro, micros, number):
+    calls.append(number)
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGINT)  # handled inside the core, or at the next byte code
+    return real(micro, micros, number)
+
+t.objective.step = step
+try:
+    t.train()
+    sys.exit("not interrupted")
+except KeyboardInterrupt:
+    assert calls[-1] == 2
+assert not list((folder / "out").glob(".*")), "the lock and all partial files are gone"
+finish("out")
+finish("whole")
+assert bytes_of("out") == bytes_of("whole")
+""", str(tmp_path))
+
+
+def test_the_command_line_says_how_it_ended(tmp_path):
+    child(TRAIN + """
+import contextlib, io
+from stllava import cli
+from stllava.train import loop, sft
+from stllava.train.terminate import TERMINATED
+model = model_for(0)
+model.save_pretrained(folder / "model")
+(folder / "data.json").write_text(json.dumps(sft_records(sorted(path.name for path in images.iterdir()))))
+words = ["sft", "--model_name_or_path", str(folder / "model"), "--data_path", str(folder / "data.json"), "--image_folder", str(images),
+         "--output_dir", str(folder / "out"), "--max_steps", "4", "--disable_tqdm", "--lora_enable", "--resume_from_checkpoint", "auto"]
+real = loop.Trainer._after_step
+
+def after_step(self, log):
+    real(self, log)
+    if self.state.global_step == 2:
+        os.kill(os.getpid(), send)
+
+loop.Trainer._after_step = after_step
+for send, code, text in ((signal.SIGTERM, 143, "checkpoint-2"), (signal.SIGINT, 130, "interrupted")):
+    if send == signal.SIGINT:
+        words[words.index("--output_dir") + 1] = str(folder / "other")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert cli.main(words) == code
+    assert text in said.getvalue(), said.getvalue()
+loop.Trainer._after_step = real
+words[words.index("--output_dir") + 1] = str(folder / "out")
+assert cli.main(words) == 0
+""", str(tmp_path))

@@ -4,4 +4,5 @@
     plan        which samples every update sees                     update      micro-batches -> gradients -> clipped AdamW step
     sft, dpo    a micro-batch, its loss, d loss / d log-prob        loop        the Trainer: progress, logs, evaluation, saving, resume
     state       checkpoints that are complete or not there          guard       fails a run that trains nothing
+    terminate   SIGTERM: one last checkpoint
 """

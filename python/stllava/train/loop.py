@@ -24,6 +24,7 @@ from .guard import TrainingGuard
 from .numerics import explained
 from .plan import Plan
 from .state import find_checkpoint, resume_checkpoint, rotate, save_checkpoint
+from .terminate import Terminated, noticing_sigterm
 from .update import Micro, Objective, Updater
 
 __all__ = ["Trainer", "TrainOutput"]
@@ -84,18 +85,27 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
-        """Raises LockedError if another run writes into the output directory."""
-        with run_lock(atomic.make_directory(self.args.output_dir)):
-            return self._train(resume_from_checkpoint)
+        """Trains to the end, or until a callback or a signal stops it.
 
-    def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
+        Args:
+            resume_from_checkpoint: a directory; True: the newest complete checkpoint of the output directory; "auto": the same, or from the
+                start where there is none. Default: `args.resume_from_checkpoint`.
+
+        Raises:
+            LockedError: another run writes into the output directory.
+            Terminated: SIGTERM came; the running step was finished and saved. A SystemExit with code 143.
+            KeyboardInterrupt: within half a second of Ctrl-C, also in a long step. The last complete checkpoint stands.
+        """
+        with run_lock(atomic.make_directory(self.args.output_dir)), noticing_sigterm() as terminated:
+            return self._train(resume_from_checkpoint or self.args.resume_from_checkpoint, terminated)
+
+    def _train(self, resume: str | bool | None, terminated: Callable[[], bool]) -> TrainOutput:
         args, state, started = self.args, self.state, time.monotonic()
         output_dir = Path(args.output_dir)
         atomic.recover(output_dir)
         self.before_training()
-        resume = resume_from_checkpoint or args.resume_from_checkpoint
-        if resume:
-            state = self.state = resume_checkpoint(find_checkpoint(output_dir, resume), self.updater, self.plan)
+        if checkpoint := find_checkpoint(output_dir, resume):
+            state = self.state = resume_checkpoint(checkpoint, self.updater, self.plan)
         log_file = output_dir / "log.jsonl"
         atomic.write_bytes(log_file, "".join(_line(row) for row in state.log_history).encode())  # rows after the checkpoint go
         first = state.global_step
@@ -116,12 +126,16 @@ class Trainer:
                 if state.window and (state.global_step % args.logging_steps == 0 or state.global_step == self.plan.total_steps):
                     self._log(log)
                 self._after_step(log)
-                if self.control.should_training_stop:
+                if self.control.should_training_stop or terminated():
                     break
+        if stopped := terminated():
+            checkpoint = self._save() if state.global_step > first and not self.control.should_save else output_dir / f"checkpoint-{state.global_step}"
         updates = self.updater.n_updates
         if self.updater.groups.order:
             guard.at_end(updates)
         self._call("on_train_end")
+        if stopped:
+            raise Terminated(checkpoint)
         seconds = time.monotonic() - started
         done = state.global_step - first
         mean = state.total_loss / updates if updates else float("nan")
@@ -136,18 +150,18 @@ class Trainer:
             for step in steps:
                 yield step, [self.objective.collate(self.train_dataset, items) for items in self.plan.update(step)]
             return
-        with ThreadPoolExecutor(workers, thread_name_prefix="loader") as pool:
-            ahead: list[tuple[int, list[Future[Micro]]]] = []
-            try:
-                for step in steps:
-                    ahead.append((step, [pool.submit(self.objective.collate, self.train_dataset, items) for items in self.plan.update(step)]))
-                    if len(ahead) > 2:
-                        number, futures = ahead.pop(0)
-                        yield number, [future.result() for future in futures]
-                for number, futures in ahead:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        ahead: list[tuple[int, list[Future[Micro]]]] = []
+        try:
+            for step in steps:
+                ahead.append((step, [pool.submit(self.objective.collate, self.train_dataset, items) for items in self.plan.update(step)]))
+                if len(ahead) > 2:
+                    number, futures = ahead.pop(0)
                     yield number, [future.result() for future in futures]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            for number, futures in ahead:
+                yield number, [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for a batch that an exception made useless
 
     def _update(self, step: int, micros: list[Micro], guard: TrainingGuard, log: Any) -> dict[str, Any] | None:
         """One update; None if it was skipped because a number was not finite."""
@@ -187,8 +201,13 @@ class Trainer:
             metrics = self.evaluate()
             self._record({**metrics, "epoch": state.epoch, "step": state.global_step}, log)
         if self.control.should_save:
-            rotate(save_checkpoint(Path(args.output_dir), self.updater, state, self.plan), args.save_total_limit)
-            self._call("on_save")
+            self._save()
+
+    def _save(self) -> Path:
+        checkpoint = save_checkpoint(Path(self.args.output_dir), self.updater, self.state, self.plan)
+        rotate(checkpoint, self.args.save_total_limit)
+        self._call("on_save")
+        return checkpoint
 
     def _call(self, hook: str, **kwargs: Any) -> None:
         for callback in self.callbacks:

@@ -63,14 +63,17 @@ def state_json(state: TrainerState, updater: Updater, plan: Plan) -> str:
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
-def find_checkpoint(output_dir: Path, wanted: str | bool) -> Path:
-    """A path as given, or (True) the newest complete checkpoint of the output directory."""
-    if wanted is True:
-        newest = atomic.latest_complete(output_dir)
-        if newest is None:
-            raise FormatError(f"{output_dir}: resume_from_checkpoint=True, but there is no complete checkpoint-* here", path=output_dir)
-        return Path(newest)
-    return Path(wanted)
+def find_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | None:
+    """A path as given; True (or "true"): the newest complete checkpoint of the output directory; "auto": the same, or None where there is none."""
+    if not wanted:
+        return None
+    if wanted not in (True, "true", "auto"):
+        return Path(wanted)
+    newest = atomic.latest_complete(output_dir)
+    if newest is None and wanted != "auto":
+        raise FormatError(f"{output_dir}: resume_from_checkpoint={wanted!r}, but there is no complete checkpoint-* here; \"auto\" begins anew then",
+                          path=output_dir)
+    return newest
 
 
 def resume_checkpoint(path: Path, updater: Updater, plan: Plan) -> TrainerState:
