@@ -14,6 +14,10 @@ static stv_status check_ranges(const stv_model *model, const char *what, const s
         if (ranges[i].begin < 0 || ranges[i].end < ranges[i].begin || ranges[i].end > model->n_trainable)
             return stv_fail(STV_ERR_ARGUMENT, "%s: range %lld is [%lld, %lld), want it inside [0, %lld)", what, (long long)i,
                             (long long)ranges[i].begin, (long long)ranges[i].end, (long long)model->n_trainable);
+        if (i > 0 && ranges[i].begin < ranges[i - 1].end)
+            return stv_fail(STV_ERR_ARGUMENT, "%s: ranges %lld [%lld, %lld) and %lld [%lld, %lld): want them ascending and without overlap", what,
+                            (long long)i - 1, (long long)ranges[i - 1].begin, (long long)ranges[i - 1].end, (long long)i, (long long)ranges[i].begin,
+                            (long long)ranges[i].end);
     }
     return STV_OK;
 }

@@ -32,7 +32,7 @@ static int take_arrays(arrays *a, PyObject *const values[N_ARRAYS])
     static const char *const names[] = {"Batch: parent", "Batch: begin", "Batch: ids", "Batch: labels", "Batch: sample", "Batch: image"};
     static const array_kind kinds[] = {KIND_I32, KIND_I64, KIND_I32, KIND_I32, KIND_U64, KIND_I32};
     for (int i = 0; i < N_ARRAYS; i++) {
-        if (!values[i] || values[i] == Py_None) continue;
+        if (i > IDS && (!values[i] || values[i] == Py_None)) continue;
         a->n[i] = i == BEGIN ? a->n[PARENT] + 1 : i == LABELS ? a->n[IDS] : i == SAMPLE ? a->n[PARENT] : -1;
         if (!(a->object[i] = array_take_list(values[i], names[i], kinds[i], &a->n[i], &a->data[i]))) return -1;
     }
@@ -52,8 +52,10 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOOL:Batch", names, state->model, &model_value, &values[PARENT], &values[BEGIN],
                                      &values[IDS], &values[LABELS], &values[SAMPLE], &values[IMAGE], &n_images))
         return NULL;
-    for (int i = PARENT; i <= IDS; i++)
+    for (int i = PARENT; i <= IDS; i++) {
         if (check_given(values[i], "Batch", names[i + 1]) < 0) return NULL;
+        if (values[i] == Py_None) return PyErr_Format(PyExc_TypeError, "Batch: %s is None, want integers", names[i + 1]);
+    }
 
     model_object *model = (model_object *)model_value;
     batch_object *self = NULL;

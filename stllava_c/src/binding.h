@@ -23,6 +23,7 @@
 typedef struct core_state {
     stv_context *context;
     Py_ssize_t calls; /* held locks of models: calls that may be computing */
+    int n_forks;      /* when calls was counted */
     PyObject *error, *numeric_error;
     PyTypeObject *tensor, *tensor_info, *model, *batch, *run, *generator;
 } core_state;
@@ -102,6 +103,7 @@ typedef struct model_object {
     unsigned long owner; /* thread that has the lock, 0: none; read and written with the GIL */
     int depth;
     bool in_handler; /* the owner's call waits while a signal handler runs */
+    int n_forks; /* when the lock was last looked at */
 } model_object;
 
 static inline model_object *model_ref(model_object *model) { return (model_object *)Py_NewRef((PyObject *)model); }
@@ -111,6 +113,12 @@ static inline model_object *model_ref(model_object *model) { return (model_objec
 int model_enter(model_object *self);
 void model_leave(model_object *self);
 void model_lock(model_object *self); /* closed or not: for deallocation */
+
+/* In a forked child, calls of the parent's threads never end: they are forgotten. What such a call was writing (its run, its model's gradient)
+ * is undefined there; a new run of the model is not. */
+void count_forks(void);
+int forks_counted(void);
+void forget_calls_before_fork(core_state *state);
 
 /* A Tensor on memory that a model's lock and generation guard, or that `holder` keeps alive (holder NULL: the core's own). */
 PyObject *tensor_view_new(model_object *model, PyObject *holder, PyObject *name, int ndim, const int64_t *shape, void *data);

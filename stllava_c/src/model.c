@@ -2,13 +2,44 @@
 #include "binding.h"
 #include "model_config.h"
 
+#include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 /* ---- lock -------------------------------------------------------------------------------------------------------------------- */
 
+/* A fork in the middle of a thread's call copies the lock as taken, and the child has no such thread to give it back. */
+static atomic_int n_forks;
+static pthread_once_t forks_once = PTHREAD_ONCE_INIT;
+static void one_more_fork(void) { atomic_fetch_add(&n_forks, 1); }
+static void watch_forks(void) { pthread_atfork(NULL, NULL, one_more_fork); }
+
+void count_forks(void) { pthread_once(&forks_once, watch_forks); }
+
+int forks_counted(void) { return atomic_load(&n_forks); }
+
+void forget_calls_before_fork(core_state *state)
+{
+    if (state->n_forks == forks_counted()) return;
+    state->n_forks = forks_counted();
+    state->calls = 0;
+}
+
+static void forget_lock_before_fork(model_object *self, unsigned long me)
+{
+    if (self->n_forks == forks_counted()) return;
+    self->n_forks = forks_counted();
+    forget_calls_before_fork(state_of((PyObject *)self));
+    if (self->depth > 0 && self->owner == me) return;
+    PyThread_acquire_lock(self->lock, NOWAIT_LOCK); /* taken now, by whomever */
+    PyThread_release_lock(self->lock);
+    self->depth = 0;
+}
+
 void model_lock(model_object *self)
 {
     unsigned long me = PyThread_get_thread_ident();
+    forget_lock_before_fork(self, me);
     if (self->depth == 0 || self->owner != me) {
         if (!PyThread_acquire_lock(self->lock, NOWAIT_LOCK)) {
             Py_BEGIN_ALLOW_THREADS
@@ -24,7 +55,8 @@ void model_lock(model_object *self)
 void model_leave(model_object *self)
 {
     if (--self->depth > 0) return;
-    state_of((PyObject *)self)->calls--;
+    core_state *state = state_of((PyObject *)self);
+    if (state->calls > 0) state->calls--; /* 0: a fork was made by a finaliser inside this call */
     PyThread_release_lock(self->lock);
 }
 
@@ -88,6 +120,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!self) return NULL;
     core_state *state = state_of((PyObject *)self);
     self->dtype = strcmp(dtype, "f64") ? STV_DTYPE_F32 : STV_DTYPE_F64;
+    self->n_forks = forks_counted();
     self->bindings = PyDict_New();
     self->lock = PyThread_allocate_lock();
     if (!self->bindings || !self->lock || model_config_take(&self->config, values) < 0) {
@@ -430,7 +463,8 @@ PyDoc_STRVAR(set_trainable_doc,
              "Args:\n"
              "    names: sequence of str; empty: none train.\n\n"
              "Raises:\n"
-             "    ValueError: an unknown, repeated or unbound name. BufferError: arrays on the model's memory are alive. MemoryError.");
+             "    ValueError: an unknown or repeated name. Error (\"state\"): adapters are merged. BufferError: arrays on the model's memory are "
+             "alive. MemoryError.");
 
 /* The name strings live in `tuple`, which the caller holds. */
 static const char **take_names(PyObject *tuple)

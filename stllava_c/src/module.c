@@ -64,23 +64,29 @@ static PyObject *build_info(PyObject *module, PyObject *unused)
                          PyBool_FromLong(info.sanitizers));
 }
 
+enum { MAX_THREADS = 1024 }; /* more is a mistake: each has a stack */
+
 PyDoc_STRVAR(set_num_threads_doc, "set_num_threads(n)\n--\n\n"
                                   "How many threads the core uses, for every model. Results have the same bits at any number.\n\n"
                                   "Args:\n"
-                                  "    n: int >= 1; 0 = one per core this process may use, which is also the default.\n\n"
+                                  "    n: int in [1, 1024]; 0 = one per core this process may use, which is also the default.\n\n"
                                   "Raises:\n"
-                                  "    ValueError: n is negative. Error (\"state\"): another thread is computing. MemoryError.");
+                                  "    ValueError: another n. Error (\"state\"): another thread is computing. MemoryError.");
 
 static PyObject *set_num_threads(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"n", NULL};
-    int n;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i:set_num_threads", names, &n)) return NULL;
-    if (n < 0) return PyErr_Format(PyExc_ValueError, "set_num_threads: n is %d, want at least 1, or 0 for one per core", n);
+    PyObject *value;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:set_num_threads", names, &value)) return NULL;
+    Py_ssize_t n = PyNumber_AsSsize_t(value, NULL); /* what is too large for C becomes the largest */
+    if (PyErr_Occurred()) return NULL;
+    if (n < 0 || n > MAX_THREADS)
+        return PyErr_Format(PyExc_ValueError, "set_num_threads: n is %R, want 1 to %d, or 0 for one per core", value, MAX_THREADS);
     core_state *state = module_state(module);
+    forget_calls_before_fork(state);
     /* A forward plans its memory for the number of threads it began with. With the GIL held no other call can begin. */
     if (state->calls > 0) return raise_state(state, "set_num_threads: other threads are computing; set it between their calls");
-    stv_status status = stv_context_set_n_threads(state->context, n);
+    stv_status status = stv_context_set_n_threads(state->context, (int)n);
     if (status != STV_OK) return raise_status(state, status);
     Py_RETURN_NONE;
 }
@@ -199,6 +205,8 @@ static int add_loss_types(PyObject *module)
 static int module_exec(PyObject *module)
 {
     core_state *state = module_state(module);
+    count_forks();
+    state->n_forks = forks_counted();
     if (ndarray_init() < 0 || errors_init(module, state) < 0) return -1;
     if (PyModule_AddFunctions(module, train_functions) < 0 || PyModule_AddFunctions(module, image_functions) < 0) return -1;
     if (!(state->tensor = add_type(module, &tensor_spec)) || !(state->model = add_type(module, &model_spec)) ||

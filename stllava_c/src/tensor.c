@@ -49,12 +49,15 @@ int borrow_buffer(Py_buffer *view, PyObject *obj, const char *what, array_kind k
                      array_kinds[kind].name);
         return -1;
     }
-    if (PyObject_GetBuffer(obj, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) < 0) return -1;
+    if (PyObject_GetBuffer(obj, view, PyBUF_STRIDES | PyBUF_FORMAT) < 0) return -1;
     array_kind found;
     bool known = buffer_kind(view, &found);
-    bool fits = known && found == kind;
-    if (fits && (n < 0 || check_size(what, n, view->len / view->itemsize) == 0)) return 0;
-    if (!fits) PyErr_Format(PyExc_TypeError, "%s: want %s, got %s", what, array_kinds[kind].name, known ? array_kinds[found].name : view->format);
+    if (!known || found != kind)
+        PyErr_Format(PyExc_TypeError, "%s: want %s, got %s", what, array_kinds[kind].name, known ? array_kinds[found].name : view->format);
+    else if (!PyBuffer_IsContiguous(view, 'C'))
+        PyErr_Format(PyExc_ValueError, "%s: the buffer is not C-contiguous; copy it with numpy.ascontiguousarray", what);
+    else if (writable && view->readonly) PyErr_Format(PyExc_ValueError, "%s: the buffer is read-only, want one that can be written", what);
+    else if (n < 0 || check_size(what, n, view->len / view->itemsize) == 0) return 0;
     PyBuffer_Release(view);
     return -1;
 }

@@ -193,17 +193,18 @@ static stv_adamw_range *take_ranges(PyObject *value, const char *what, Py_ssize_
     return ranges;
 }
 
-PyDoc_STRVAR(adamw_step_doc, "adamw_step(model, m, v, ranges, *, beta1=0.9, beta2=0.999, eps=1e-08, step, grad_scale=1.0)\n--\n\n"
-                             "One update in place of the model's trainable values; elements outside every range stay untouched.\n\n"
-                             "Args:\n"
-                             "    model: Model in which something trains.\n"
-                             "    m, v: writable buffers (n_trainable,) of the model's dtype: first and second moments.\n"
-                             "    ranges: sequence of (begin, end, lr, weight_decay): elements [begin, end) of the flat buffer.\n"
-                             "    step: int >= 1, number of this update.\n"
-                             "    grad_scale: float, gradients are multiplied by it first.\n\n"
-                             "Raises:\n"
-                             "    ValueError, TypeError: what does not fit. Error (\"state\"): nothing trains.\n\n"
-                             "Source: Loshchilov & Hutter, arXiv 1711.05101, in torch.optim.AdamW's order of operations.");
+PyDoc_STRVAR(adamw_step_doc,
+             "adamw_step(model, m, v, ranges, *, beta1=0.9, beta2=0.999, eps=1e-08, step, grad_scale=1.0)\n--\n\n"
+             "One update in place of the model's trainable values; elements outside every range stay untouched.\n\n"
+             "Args:\n"
+             "    model: Model in which something trains.\n"
+             "    m, v: writable buffers (n_trainable,) of the model's dtype: first and second moments.\n"
+             "    ranges: sequence of (begin, end, lr, weight_decay): elements [begin, end) of the flat buffer, ascending, none twice.\n"
+             "    step: int >= 1, number of this update.\n"
+             "    grad_scale: float, gradients are multiplied by it first.\n\n"
+             "Raises:\n"
+             "    ValueError, TypeError: what does not fit. Error (\"state\"): nothing trains.\n\n"
+             "Source: Loshchilov & Hutter, arXiv 1711.05101, in torch.optim.AdamW's order of operations.");
 
 static PyObject *adamw_step(PyObject *module, PyObject *args, PyObject *kwargs)
 {

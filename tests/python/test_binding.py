@@ -136,7 +136,10 @@ WHOLE = [(0, 16, 0.1, 0.0)]
 
 @pytest.mark.parametrize("change, kind, text", [
     ({"step": 0}, ValueError, "step is 0"), ({"m": np.zeros(3, np.float32)}, ValueError, "m: want 16 elements, got 3"),
-    ({"v": np.zeros(16)}, TypeError, "v: want f32, got f64"), ({"v": np.frombuffer(bytes(64), np.float32)}, ValueError, "read-only"),
+    ({"v": np.zeros(16)}, TypeError, "v: want f32, got f64"), ({"v": np.frombuffer(bytes(64), np.float32)}, ValueError, "adamw_step: v: .* read-only"),
+    ({"m": bytes(64)}, TypeError, "m: want f32, got u8"), ({"m": np.zeros((16, 2), np.float32)[:, 0]}, ValueError, "m: .* not C-contiguous"),
+    ({"ranges": [(0, 9, 0.1, 0.0), (8, 16, 0.1, 0.0)]}, ValueError, r"ranges 0 \[0, 9\) and 1 \[8, 16\)"),
+    ({"ranges": [(8, 16, 0.1, 0.0), (0, 8, 0.1, 0.0)]}, ValueError, "want them ascending"),
     ({"ranges": [(0, 16, np.nan, 0.0)]}, ValueError, "lr nan"), ({"grad_scale": np.inf}, ValueError, "grad_scale is inf"),
     ({"ranges": [(0, 17, 0.1, 0.0)]}, ValueError, "range 0 is"), ({"ranges": [(4, 1, 0.1, 0.0)]}, ValueError, "range 0 is"),
     ({"ranges": [*WHOLE, (0, 4, 0.1)]}, TypeError, r"ranges\[1\]"), ({"beta1": 1.0}, ValueError, "beta1 1"), ({"eps": -1.0}, ValueError, "eps -1"),
@@ -200,7 +203,7 @@ def test_number_of_threads():
             np.testing.assert_array_equal(run.forward(made), want)
         stllava_c.set_num_threads(0)
         assert stllava_c.get_num_threads() >= 1
-        for n, kind in ((-1, ValueError), (1.5, TypeError), (2**40, OverflowError)):
+        for n, kind in ((-1, ValueError), (1.5, TypeError), (1025, ValueError), (2**40, ValueError), (2**70, ValueError)):
             with pytest.raises(kind):
                 stllava_c.set_num_threads(n)
     finally:

@@ -63,7 +63,8 @@ GOOD = {"parent": [-1], "begin": [0, 2], "ids": [1, 2]}
     ({"sample": [-1]}, ValueError, "element 0 is -1"), ({"sample": np.zeros(2, np.uint64)}, ValueError, "sample"), ({"sample": [True]}, TypeError, "bool"),
     ({"image": [0]}, ValueError, "image"), ({"n_images": -1}, ValueError, "-1 images"),
     ({"ids": [1, -200], "image": [5], "n_images": 1}, ValueError, "image 5"),
-    ({"ids": None}, ValueError, "0 ids"), ({"parent": [5]}, ValueError, "parent 5"), ({"ids": [-7, 1]}, ValueError, "id -7"),
+    ({"ids": None}, TypeError, "ids is None"), ({"begin": None}, TypeError, "begin is None"), ({"parent": None}, TypeError, "parent is None"),
+    ({"parent": [5]}, ValueError, "parent 5"), ({"ids": [-7, 1]}, ValueError, "id -7"),
 ])
 def test_batch_refuses(change, kind, text):
     with pytest.raises(kind, match=text):
