@@ -30,7 +30,7 @@ def against_torch(id: str, name: str, case: str, *, rounds: int, repeat: int = 1
         a, b = take_turns(ours, peer, rounds=rounds, repeat=repeat)
     yield make_row(id, case, a.seconds, b.seconds, TORCH, "s", limit=seconds_at_peak(CASES[name].needed_flop()))
     if memory:
-        yield make_row(f"{id}_memory", f"{case}: highest resident memory of the process", a.peak_bytes / 1e9, b.peak_bytes / 1e9, TORCH, "GB")
+        yield make_row(f"{id}_memory", f"{case}: highest resident memory", a.peak_bytes / 1e9, b.peak_bytes / 1e9, TORCH, "GB")
 
 
 def two_threads() -> Iterator[Row]:

@@ -133,3 +133,39 @@ CASES = {
     "tiny_sft": Case("sft", TINY, 2, 0, ((42, 42),)),
     "tiny_dpo": Case("dpo", TINY, 1, 20, ((0, 32), (0, 64))),
 }
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster projector alone, forward and backward, every parameter and the input with a gradient; one image."""
+
+    width: int = 1024
+    tokens: int = 576
+    centers: int = 256
+    rounds: int = 2
+    out: int = 4096
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Names as in checkpoints, without their prefix; linears (out, in)."""
+        rng, e = np.random.default_rng(2), self.width
+        tensors = {"sim_alpha": np.ones((1, 1, 1), np.float32), "sim_beta": np.zeros((1, 1, 1), np.float32)}
+        for name, n_out, n_in in (("c", e, e), ("v", e, e), ("f", e, e), ("mlp.0", self.out, e), ("mlp.2", self.out, self.out)):
+            tensors[f"{name}.weight"] = rng.uniform(-1, 1, (n_out, n_in)).astype(np.float32) / np.float32(n_in**0.5)
+            tensors[f"{name}.bias"] = np.zeros(n_out, np.float32)
+        return tensors
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """x (1, tokens, width) and the gradient of the output (1, tokens, out)."""
+        rng = np.random.default_rng(3)
+        return rng.normal(size=(1, self.tokens, self.width)).astype(np.float32), rng.normal(size=(1, self.tokens, self.out)).astype(np.float32)
+
+    def needed_flop(self) -> float:
+        """Matrix products; a linear has three, the first ones' input gradient included."""
+        e, n, k = self.width, self.tokens, self.centers
+        linears = 2 * n * (2 * e * e + e * self.out + self.out**2) + self.rounds * 2 * k * e * e
+        rounds = self.rounds * 2 * 2 * n * k * e + 2 * n * k * e
+        return 3.0 * (linears + rounds)
+
+
+CLUSTER = Cluster()
+PICTURE, PICTURE_SIZE = BUILD / "picture.jpg", 336  # made by bench_image.py; side of what the tower reads

@@ -56,7 +56,7 @@ class Worker:
     """One side: a process that serves `worker.serve`."""
 
     def __init__(self, command: list[str], *args: str, threads: int = 1) -> None:
-        self.name = " ".join([Path(command[-1]).stem, Path(args[0]).stem, *args[1:]])
+        self.name = " ".join(args)
         cores = sorted(os.sched_getaffinity(0))
         count = str(threads)
         env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,

@@ -1,4 +1,4 @@
-"""Our side of the step benchmarks: `ours.py CASE`, a worker. The step is the trainer's own update, without its log and its checkpoints."""
+"""Our side of the benchmarks: `ours.py CASE`, a worker; a case of `cases.CASES`, `projector` or `picture`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from cases import BETA, CASES, IGNORE, IMAGE_TOKEN, LEARNING_RATE, MAX_GRAD_NORM, Case
+from cases import (BETA, CASES, CLUSTER, IGNORE, IMAGE_TOKEN, LEARNING_RATE, MAX_GRAD_NORM, PICTURE, PICTURE_SIZE, Case)
 from worker import serve
 
 import stllava_c
 from stllava.checkpoint.names import lora_pair
 from stllava.checkpoint.peft import LoraConfig
+from stllava.images import ImageProcessor
 from stllava.model import LlavaModel
 from stllava.train.arguments import DPOConfig, SFTConfig
 from stllava.train.dpo import DPOObjective
@@ -45,6 +46,7 @@ class CaseDataset:
 
 
 def training_step(case: Case) -> Callable[[], float]:
+    """The trainer's own update, without its log and its checkpoints; the value is the loss."""
     model = LlavaModel.from_pretrained(case.model.directory)
     adapters = {}
     for module, a, b in case.model.adapters():
@@ -70,6 +72,32 @@ def training_step(case: Case) -> Callable[[], float]:
     return step
 
 
+def projector_step() -> Callable[[], float]:
+    """Forward and backward; the value is the root mean square of the input's gradient."""
+    c = CLUSTER
+    model = stllava_c.Model({"vision": None, "decoder": None, "projector": {
+        "kind": "cluster", "depth": 1, "in_size": c.width, "out_size": c.out, "n_centers": c.centers, "n_rounds": c.rounds}})
+    for name, array in c.tensors().items():
+        model.bind(f"model.mm_projector.{name}", array)
+    model.set_trainable([info.name for info in model.tensors() if info.bound])
+    run = stllava_c.Run(model)
+    x, dout = c.arrays()
+
+    def step() -> float:
+        model.zero_grad()
+        run.projector_forward(x, train=True)
+        return float(np.sqrt(np.mean(np.square(run.projector_backward(dout)))))
+
+    return step
+
+
+def picture_step() -> Callable[[], float]:
+    """Bytes of a file to what the tower reads; the value is the mean size of a number."""
+    data, processor = PICTURE.read_bytes(), ImageProcessor(size=PICTURE_SIZE, aspect="pad")
+    return lambda: float(np.abs(processor(data)).mean())
+
+
 if __name__ == "__main__":
     stllava_c.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    serve(lambda: training_step(CASES[sys.argv[1]]))
+    other = {"projector": projector_step, "picture": picture_step}
+    serve(other.get(sys.argv[1]) or (lambda: training_step(CASES[sys.argv[1]])))
