@@ -191,7 +191,8 @@ class LlavaModel:
             names of the new tensors.
 
         Raises:
-            ConfigError: no module matches, or the part has adapters already.
+            ConfigError: no module matches, or the part has adapters already. MemoryError: for the values, and nothing has changed; or, for
+                the few kilobytes of the tables, and some modules have adapters, others not: load the model anew.
         """
         modules = self._lora_modules(config, part)
         if not all_layers:
@@ -199,16 +200,15 @@ class LlavaModel:
             modules = [module for module in modules if infos[f"{module}.weight"].influences]
         if not config.target_modules:  # saved adapters say where they sit
             config = replace(config, target_modules=frozenset(module.rsplit(".", 1)[1] for module in modules))
+        infos, fresh = self.tensor_infos(), {}
+        for module in modules:
+            (n_out, n_in), rank, (a, b) = infos[f"{module}.weight"].shape, config.rank(module), names.lora_pair(module)
+            fresh[a], fresh[b] = np.zeros((rank, n_in), NUMPY_DTYPE[self.dtype]), np.zeros((n_out, rank), NUMPY_DTYPE[self.dtype])
+            stllava_c.fill_uniform(fresh[a], -1 / math.sqrt(n_in), 1 / math.sqrt(n_in), seed=seed, stream=zlib.crc32(a.encode()))
         self._add(part, config, modules)
-        fresh = [name for module in modules for name in names.lora_pair(module)]
-        infos = self.tensor_infos()
-        for name in fresh:
-            array = np.zeros(infos[name].shape, NUMPY_DTYPE[self.dtype])
-            if ".lora_A." in name:
-                bound = 1 / math.sqrt(array.shape[1])
-                stllava_c.fill_uniform(array, -bound, bound, seed=seed, stream=zlib.crc32(name.encode()))
+        for name, array in fresh.items():
             self.core.bind(name, array)
-        return fresh
+        return list(fresh)
 
     def attach_lora(self, config: LoraConfig, tensors: Mapping[str, np.ndarray], part: str = "llm") -> None:
         """Attaches adapters with values, e.g. from files: canonical name -> array; they go on the modules the names say.

@@ -10,6 +10,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 
 import stllava_c
 from stllava_c import _core
+from no_memory import failing
 from tiny_core import CONFIG, Q_PROJ, bind_all, pair_batch, pixels, tiny
 
 try:
@@ -234,17 +236,6 @@ def test_every_public_name_has_an_operation():
 # ---- the core's allocations ----------------------------------------------------------------------------------------------------
 
 
-def failing(call: Call, n: int, forever: bool) -> MemoryError | None:
-    _core._fail_allocation(n, forever)
-    try:
-        call()
-    except MemoryError as error:
-        return error.with_traceback(None)
-    finally:
-        _core._fail_allocation(0)
-    return None
-
-
 @pytest.mark.parametrize("forever", [False, True])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_core_without_memory(world, name, forever):
@@ -308,7 +299,7 @@ def references(world: SimpleNamespace) -> list[int]:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_python_without_memory(world, name):
     n_threads = stllava_c.get_num_threads()
-    prepare = lambda: OPERATIONS[name](world)
+    prepare = partial(OPERATIONS[name], world)
     want = bits(prepare()())
     every_failure(prepare, want)  # fills caches
     before = references(world)

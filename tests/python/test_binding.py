@@ -78,6 +78,8 @@ def test_views_and_borrowed_arrays_outlive_their_owners():
     (lambda m: m.bind("model.norm.weight", np.zeros(3, np.float32)), ValueError, "model.norm.weight"),
     (lambda m: m.bind("model.norm.weight", np.zeros(16, np.float64)), (ValueError, TypeError), "model.norm.weight"),
     (lambda m: m.tensor("nothing"), ValueError, "nothing"),
+    (lambda m: m.tensor("model.norm.weight\0"), ValueError, "null"),
+    (lambda m: m.effective_weight("\ud800"), ValueError, "surrogates"),
     (lambda m: m.add_lora("model.norm", 4, 1.0), ValueError, "model.norm"),
     (lambda m: m.add_lora("model.layers.0.self_attn.q_proj", 0, 1.0), ValueError, "rank"),
     (lambda m: m.set_trainable(["model.norm.weight", "model.norm.weight"]), ValueError, "twice"),
