@@ -2,7 +2,8 @@
  *
  *   y is cut into blocks, one task each. A task, for one K block after another:
  *     packs its columns of b into panels as wide as the register tile      (L2)
- *     for every few rows: copies those rows of a (L1), runs the tile along the panels
+ *     for every few strips of rows: copies those rows of a (L1), runs the tile along the panels
+ *   An operand that is used once or twice and lies the right way is read in place. A narrow y is computed transposed.
  *
  * Packing is also where the three products (nt, nn, tn) become one: a operand comes as it lies, or transposed.
  *
@@ -10,9 +11,9 @@
  * (gemm_kernel.h). Edges run on the same tile with fewer rows, or with zero columns that are not stored.
  *
  * The road not taken: OpenBLAS for large products. Alone it is not batch invariant (it changes kernels with M*N*K), so it would be called on row
- * tiles of one fixed size. Measured on one Ice Lake core at N = K = 2048, M = 836: ours 114 GFLOP/s, OpenBLAS 0.3 on tiles of 128 or 256 rows 90
- * to 92, free to choose 124; for one row (N = K = 4096, a decoding step) ours 7 ms, tiles 42 to 73, free 12. So it serves only the product that needs no
- * batch invariance, the large weight gradient (gemm_blas.h).
+ * tiles of one fixed size. Measured on one Ice Lake core at N = K = 2048 (GFLOP/s, register peak 175): M = 1408 ours 136, OpenBLAS free to choose 124,
+ * on tiles of 128 or 256 rows 90 to 92; one row, N = K = 4096 (a decoding step): ours 7 ms, tiles 42 to 73, free 12. So it serves only the product
+ * that needs no batch invariance, the large weight gradient (gemm_blas.h).
  */
 #define STV_REAL_BITS 32 /* gemm.h names both precisions; this file is compiled once and uses neither "real" */
 #include "ops/gemm.h"
@@ -26,6 +27,10 @@
 #define B_BLOCK_BYTES 2048 /* 512 columns of floats: with 256 rows, 512 KB of the L2 cache; wider packs a less often */
 #define SMALL_FLOP 200000  /* below, waking a thread costs more than it brings */
 #define BLOCKS_PER_THREAD 2
+#define GROUP 4                          /* strips packed at once */
+#define A_STRIDE (STV_GEMM_K_BLOCK + 16) /* of packed rows of a: 17 cache lines, so that rows lie in different sets */
+#define A_IN_PLACE 3                     /* panels */
+#define B_IN_PLACE 2                     /* strips */
 
 /* ---- kernels ------------------------------------------------------------------------------------------------------------- */
 
@@ -37,6 +42,7 @@ typedef double f64x2 __attribute__((vector_size(16)));
 #define VEC f32x4
 #define VEC_LANES 4
 #define TILE_ROWS 6
+#define TILE_VECS 2
 #define SPLAT(s) ((f32x4){(s), (s), (s), (s)})
 #define FMA(a, b, c) ((a) * (b) + (c))
 #include "ops/gemm_kernel.h"
@@ -46,6 +52,7 @@ typedef double f64x2 __attribute__((vector_size(16)));
 #define VEC f64x2
 #define VEC_LANES 2
 #define TILE_ROWS 6
+#define TILE_VECS 2
 #define SPLAT(s) ((f64x2){(s), (s)})
 #define FMA(a, b, c) ((a) * (b) + (c))
 #include "ops/gemm_kernel.h"
@@ -97,19 +104,40 @@ static void pack_b(const product *p, char *panel, int64_t j0, int64_t cols, int6
         p->kernel->transpose(panel, width, p->b.data + (j0 * p->K + k0) * size, p->K, cols, depth);
         return;
     }
-    for (int64_t k = 0; k < depth; k++) memcpy(panel + k * width * size, p->b.data + ((k0 + k) * p->N + j0) * size, (size_t)(cols * size));
+    p->kernel->copy(panel, width, p->b.data + (k0 * p->N + j0) * size, p->N, depth, cols);
 }
 
-static void pack_a(const product *p, char *rows_of_a, int64_t i0, int64_t rows, int64_t k0, int64_t depth)
+/* Strips of equal height, because a tile of few rows does not keep the FMA units busy. */
+typedef struct strip {
+    int64_t row, rows; /* of y */
+} strip;
+
+static strip get_strip(int64_t begin, int64_t end, int64_t i_strip, int64_t n_strips)
 {
-    int64_t size = p->kernel->size_bytes;
+    int64_t row = begin + (end - begin) * i_strip / n_strips;
+    return (strip){row, begin + (end - begin) * (i_strip + 1) / n_strips - row};
+}
+
+/* packed (n, n_rows, A_STRIDE): several strips, so that a transposed a is read in whole cache lines, each once. */
+static void pack_a(const product *p, char *packed, const strip *strips, int n, int64_t k0, int64_t depth)
+{
+    int64_t size = p->kernel->size_bytes, strip_bytes = p->kernel->n_rows * A_STRIDE * size;
     if (p->a.transposed) {
-        p->kernel->transpose(rows_of_a, STV_GEMM_A_STRIDE, p->a.data + (k0 * p->M + i0) * size, p->M, depth, rows);
+        for (int64_t k = 0; k < depth; k += 8)
+            for (int i = 0; i < n; i++)
+                p->kernel->transpose(packed + i * strip_bytes + k * size, A_STRIDE, p->a.data + ((k0 + k) * p->M + strips[i].row) * size, p->M,
+                                     min64(8, depth - k), strips[i].rows);
         return;
     }
-    for (int64_t i = 0; i < rows; i++)
-        memcpy(rows_of_a + i * STV_GEMM_A_STRIDE * size, p->a.data + ((i0 + i) * p->K + k0) * size, (size_t)(depth * size));
+    for (int i = 0; i < n; i++)
+        p->kernel->copy(packed + i * strip_bytes, A_STRIDE, p->a.data + (strips[i].row * p->K + k0) * size, p->K, strips[i].rows, depth);
 }
+
+/* Where a tile finds its part of an operand. */
+typedef struct source {
+    const char *data;
+    int64_t stride;
+} source;
 
 static void compute_block(void *arg, int64_t i_task, int i_worker)
 {
@@ -119,22 +147,32 @@ static void compute_block(void *arg, int64_t i_task, int i_worker)
     int64_t i_m = i_task / p->n_n_blocks, i_n = i_task % p->n_n_blocks;
     int64_t m_begin = p->M * i_m / p->n_m_blocks, m_end = p->M * (i_m + 1) / p->n_m_blocks;
     int64_t n_begin = p->n_block * i_n, n_end = min64(n_begin + p->n_block, p->N);
-    int64_t n_strips = ceil_div(m_end - m_begin, kernel->n_rows);
+    int64_t n_strips = ceil_div(m_end - m_begin, kernel->n_rows), strip_bytes = kernel->n_rows * A_STRIDE * size;
     char *rows_of_a = p->scratch + (size_t)i_worker * p->worker_bytes, *panels = rows_of_a + p->a_bytes;
+    /* What is used once or twice, and lies the right way, is read where it is. */
+    bool a_in_place = !p->a.transposed && n_end - n_begin <= A_IN_PLACE * width;
+    bool b_in_place = !p->b.transposed && n_strips <= B_IN_PLACE && (n_end - n_begin) % kernel->n_lanes == 0;
 
     for (int64_t k = 0; k < p->K; k += STV_GEMM_K_BLOCK) {
         int64_t depth = min64(STV_GEMM_K_BLOCK, p->K - k), panel_bytes = depth * width * size;
         bool add = p->add || k > 0;
-        for (int64_t j = n_begin; j < n_end; j += width)
+        for (int64_t j = n_begin; j < n_end && !b_in_place; j += width)
             pack_b(p, panels + (j - n_begin) / width * panel_bytes, j, min64(width, n_end - j), k, depth);
-        /* Strips of equal height, because a tile of few rows does not keep the FMA units busy. */
-        for (int64_t i_strip = 0; i_strip < n_strips; i_strip++) {
-            int64_t i = m_begin + (m_end - m_begin) * i_strip / n_strips;
-            int64_t rows = m_begin + (m_end - m_begin) * (i_strip + 1) / n_strips - i;
-            pack_a(p, rows_of_a, i, rows, k, depth);
-            for (int64_t j = n_begin; j < n_end; j += width)
-                kernel->tile(p->y + (i * p->N + j) * size, p->N, rows_of_a, panels + (j - n_begin) / width * panel_bytes, rows,
-                             min64(width, n_end - j), depth, add);
+        for (int64_t i_strip = 0; i_strip < n_strips; i_strip += GROUP) {
+            int n = (int)min64(GROUP, n_strips - i_strip);
+            strip strips[GROUP];
+            for (int i = 0; i < n; i++) strips[i] = get_strip(m_begin, m_end, i_strip + i, n_strips);
+            if (!a_in_place) pack_a(p, rows_of_a, strips, n, k, depth);
+            for (int i = 0; i < n; i++) {
+                source a =
+                    a_in_place ? (source){p->a.data + (strips[i].row * p->K + k) * size, p->K} : (source){rows_of_a + i * strip_bytes, A_STRIDE};
+                for (int64_t j = n_begin; j < n_end; j += width) {
+                    source b = b_in_place ? (source){p->b.data + (k * p->N + j) * size, p->N}
+                                          : (source){panels + (j - n_begin) / width * panel_bytes, width};
+                    kernel->tile(p->y + (strips[i].row * p->N + j) * size, p->N, a.data, a.stride, b.data, b.stride,
+                                 (stv_gemm_extent){strips[i].rows, min64(width, n_end - j), depth}, add);
+                }
+            }
         }
     }
 }
@@ -143,7 +181,8 @@ static void compute_block(void *arg, int64_t i_task, int i_worker)
 static void plan_blocks(product *p, int n_threads)
 {
     const stv_gemm_kernel *kernel = p->kernel;
-    int64_t widest = B_BLOCK_BYTES / kernel->size_bytes, n_blocks = n_threads > 1 ? (int64_t)n_threads * BLOCKS_PER_THREAD : 1;
+    int64_t widest = p->M <= kernel->n_rows ? kernel->n_cols : B_BLOCK_BYTES / kernel->size_bytes,
+            n_blocks = n_threads > 1 ? (int64_t)n_threads * BLOCKS_PER_THREAD : 1;
     if (2.0 * (double)p->M * (double)p->N * (double)p->K < SMALL_FLOP) n_blocks = 1;
     p->n_m_blocks = 1;
     p->n_n_blocks = ceil_div(p->N, widest);
@@ -154,14 +193,13 @@ static void plan_blocks(product *p, int n_threads)
     p->n_n_blocks = ceil_div(p->N, p->n_block);
 }
 
-static void multiply(stv_exec *x, stv_dtype dtype, void *y, operand a, operand b, int64_t M, int64_t N, int64_t K, bool add)
+static void multiply(stv_exec *x, const stv_gemm_kernel *kernel, void *y, operand a, operand b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    if (M <= 0 || N <= 0) return;
-    product p = {.kernel = choose_kernel(dtype), .y = y, .a = a, .b = b, .M = M, .N = N, .K = K, .add = add};
+    product p = {.kernel = kernel, .y = y, .a = a, .b = b, .M = M, .N = N, .K = K, .add = add};
     int n_threads = stv_pool_n_threads(x->pool);
     plan_blocks(&p, n_threads);
-    int64_t n_tasks = p.n_m_blocks * p.n_n_blocks, size = p.kernel->size_bytes;
-    p.a_bytes = (size_t)(p.kernel->n_rows * STV_GEMM_A_STRIDE * size);
+    int64_t n_tasks = p.n_m_blocks * p.n_n_blocks, size = kernel->size_bytes;
+    p.a_bytes = (size_t)(GROUP * kernel->n_rows * A_STRIDE * size);
     p.worker_bytes = p.a_bytes + (size_t)(p.n_block * min64(K, STV_GEMM_K_BLOCK) * size);
 
     size_t mark = stv_arena_mark(x->arena);
@@ -173,6 +211,37 @@ static void multiply(stv_exec *x, stv_dtype dtype, void *y, operand a, operand b
     stv_arena_release(x->arena, mark);
 }
 
+/* dst (cols,rows) = src (rows,cols)^T */
+static void turn(const stv_gemm_kernel *kernel, char *dst, const char *src, int64_t rows, int64_t cols)
+{
+    int64_t size = kernel->size_bytes;
+    if (rows % 8 == 0) {
+        kernel->transpose(dst, rows, src, cols, rows, cols);
+        return;
+    }
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < cols; j++) memcpy(dst + (j * rows + i) * size, src + (i * cols + j) * size, (size_t)size);
+}
+
+/* A narrow y leaves most of a vector, and most FMAs of a broadcast, unused: its transpose is computed instead, from the operands as they lie. */
+static void multiply_narrow(stv_exec *x, const stv_gemm_kernel *kernel, void *y, operand a, operand b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    size_t mark = stv_arena_mark(x->arena);
+    char *t = stv_arena_alloc(x->arena, (size_t)(M * N * kernel->size_bytes));
+    if (add && !stv_measuring(x)) turn(kernel, t, y, M, N);
+    multiply(x, kernel, t, (operand){b.data, !b.transposed}, (operand){a.data, !a.transposed}, N, M, K, add);
+    if (!stv_measuring(x)) turn(kernel, y, t, N, M);
+    stv_arena_release(x->arena, mark);
+}
+
+static void choose(stv_exec *x, stv_dtype dtype, void *y, operand a, operand b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    const stv_gemm_kernel *kernel = choose_kernel(dtype);
+    if (M <= 0 || N <= 0) return;
+    if (N <= kernel->n_lanes && M >= kernel->n_cols) multiply_narrow(x, kernel, y, a, b, M, N, K, add);
+    else multiply(x, kernel, y, a, b, M, N, K, add);
+}
+
 /* ---- the six products ---------------------------------------------------------------------------------------------------- */
 
 static operand as_is(const void *data) { return (operand){data, false}; }
@@ -181,31 +250,31 @@ static operand transposed(const void *data) { return (operand){data, true}; }
 
 void stv_matmul_nt_f32(stv_exec *x, float *y, const float *a, const float *w, int64_t M, int64_t N, int64_t K, bool add)
 {
-    multiply(x, STV_DTYPE_F32, y, as_is(a), transposed(w), M, N, K, add);
+    choose(x, STV_DTYPE_F32, y, as_is(a), transposed(w), M, N, K, add);
 }
 
 void stv_matmul_nt_f64(stv_exec *x, double *y, const double *a, const double *w, int64_t M, int64_t N, int64_t K, bool add)
 {
-    multiply(x, STV_DTYPE_F64, y, as_is(a), transposed(w), M, N, K, add);
+    choose(x, STV_DTYPE_F64, y, as_is(a), transposed(w), M, N, K, add);
 }
 
 void stv_matmul_nn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    multiply(x, STV_DTYPE_F32, y, as_is(a), as_is(b), M, N, K, add);
+    choose(x, STV_DTYPE_F32, y, as_is(a), as_is(b), M, N, K, add);
 }
 
 void stv_matmul_nn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    multiply(x, STV_DTYPE_F64, y, as_is(a), as_is(b), M, N, K, add);
+    choose(x, STV_DTYPE_F64, y, as_is(a), as_is(b), M, N, K, add);
 }
 
 void stv_matmul_tn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
 {
     if (stv_gemm_blas_tn_f32(x, y, a, b, M, N, K, add)) return;
-    multiply(x, STV_DTYPE_F32, y, transposed(a), as_is(b), M, N, K, add);
+    choose(x, STV_DTYPE_F32, y, transposed(a), as_is(b), M, N, K, add);
 }
 
 void stv_matmul_tn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    multiply(x, STV_DTYPE_F64, y, transposed(a), as_is(b), M, N, K, add);
+    choose(x, STV_DTYPE_F64, y, transposed(a), as_is(b), M, N, K, add);
 }

@@ -10,9 +10,11 @@
 #define VEC __m256
 #define VEC_LANES 8
 #define TILE_ROWS 6
+#define TILE_VECS 2
 #define SPLAT(s) _mm256_set1_ps(s)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define TRANSPOSE_8X8 transpose_8x8
+#define TRANSPOSE_PART transpose_part
 #include "ops/gemm_kernel.h"
 
 #define KERNEL stv_gemm_avx2_f64
@@ -20,6 +22,7 @@
 #define VEC __m256d
 #define VEC_LANES 4
 #define TILE_ROWS 6
+#define TILE_VECS 2
 #define SPLAT(s) _mm256_set1_pd(s)
 #define FMA(a, b, c) _mm256_fmadd_pd(a, b, c)
 #include "ops/gemm_kernel.h"

@@ -3,9 +3,9 @@
  * The first half is the contract between gemm.c and its kernels. The second half is a template: a file that defines
  *
  *     KERNEL       name of the stv_gemm_kernel to make        REAL      element type
- *     VEC          vector type, VEC_LANES elements of REAL    TILE_ROWS rows of the tile, <= 14; it is 2 vectors wide
+ *     VEC          vector type, VEC_LANES elements of REAL    TILE_ROWS rows of the tile, <= 8; it is TILE_VECS vectors wide, 2 or 3
  *     SPLAT(s)     all lanes = s                              FMA(a, b, c) a*b + c
- *     TRANSPOSE_8X8(dst, ld, rows)   optional, see transpose()
+ *     TRANSPOSE_8X8, TRANSPOSE_PART   optional, see transpose()
  *
  * and includes this header again gets the kernel. Whatever the tile, an output is one chain of FMAs over k in order, so the tile's shape, and the
  * place of a row or column in it, never change a bit; AVX2 and AVX-512 even agree with each other. */
@@ -15,19 +15,21 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* K is summed in blocks of this many, each a chain from zero, then added to y. Part of the numerical result: never tuned per machine. 256 x 32
- * floats of b are 32 KB. */
+/* K is summed in blocks of this many, each a chain from zero, then added to y. Part of the numerical result: never tuned per machine. The rows
+ * of a stay in L1 while b streams through from L2. */
 #define STV_GEMM_K_BLOCK 256
-/* Row stride of the packed rows of a: constant, so that the tile addresses all its rows from one register; 17 cache lines, so that they lie in
- * different cache sets. */
-#define STV_GEMM_A_STRIDE (STV_GEMM_K_BLOCK + 16)
+
+typedef struct stv_gemm_extent {
+    int64_t rows, cols, depth;
+} stv_gemm_extent;
 
 typedef struct stv_gemm_kernel {
-    int64_t size_bytes;     /* of an element */
-    int64_t n_rows, n_cols; /* of a full tile */
-    /* y[i*y_stride + j] = (add ? y : 0) + sum_k a[i*STV_GEMM_A_STRIDE + k] * b[k*n_cols + j], i < rows, j < cols, k < depth.
-     * b has n_cols columns in any case. */
-    void (*tile)(void *y, int64_t y_stride, const void *a, const void *b, int64_t rows, int64_t cols, int64_t depth, bool add);
+    int64_t size_bytes;              /* of an element */
+    int64_t n_rows, n_cols, n_lanes; /* of a full tile, and of a vector; a tile of one vector may have 2 n_rows */
+    /* y[i*y_stride + j] = (add ? y : 0) + sum_k a[i*a_stride + k] * b[k*b_stride + j], i < rows, j < cols <= n_cols, k < depth. of b are read up to the next multiple of n_lanes. */
+    void (*tile)(void *y, int64_t y_stride, const void *a, int64_t a_stride, const void *b, int64_t b_stride, stv_gemm_extent size, bool add);
+    /* dst[i*dst_stride + j] = src[i*src_stride + j], i < rows, j < cols. */
+    void (*copy)(void *dst, int64_t dst_stride, const void *src, int64_t src_stride, int64_t rows, int64_t cols);
     /* dst[j*dst_stride + i] = src[i*src_stride + j], i < rows, j < cols; may write zeros up to the next multiple of 8 rows. */
     void (*transpose)(void *dst, int64_t dst_stride, const void *src, int64_t src_stride, int64_t rows, int64_t cols);
 } stv_gemm_kernel;
@@ -44,57 +46,97 @@ extern const stv_gemm_kernel stv_gemm_avx2_f32, stv_gemm_avx2_f64, stv_gemm_avx5
 
 #if defined(KERNEL)
 #define LOCAL(name) STV_GEMM_PASTE(KERNEL, name)
-#define TILE_COLS (2 * VEC_LANES)
+#define TILE_COLS (TILE_VECS * VEC_LANES)
 
-/* `rows` and `n_vecs` are constants where this is inlined: every accumulator is a register. */
-static inline __attribute__((always_inline)) void LOCAL(tile_body)(REAL *y, int64_t y_stride, const REAL *a, const REAL *b, int64_t cols,
-                                                                   int64_t depth, bool add, const int rows, const int n_vecs)
+/* The first `cols` columns of a tile that is wider: half vectors, then the rest. */
+static __attribute__((noinline)) void LOCAL(store_part)(REAL *y, int64_t y_stride, const REAL *tile, int64_t rows, int64_t cols, bool add)
 {
-    VEC acc[TILE_ROWS][2];
-#pragma GCC unroll 14
-    for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = SPLAT(0);
-    for (int64_t k = 0; k < depth; k++) {
-        VEC b0, b1;
-        __builtin_memcpy(&b0, b + k * TILE_COLS, sizeof b0);
-        if (n_vecs == 2) __builtin_memcpy(&b1, b + k * TILE_COLS + VEC_LANES, sizeof b1);
-#pragma GCC unroll 14
-        for (int i = 0; i < rows; i++) {
-            VEC ai = SPLAT(a[i * STV_GEMM_A_STRIDE + k]);
-            acc[i][0] = FMA(ai, b0, acc[i][0]);
-            if (n_vecs == 2) acc[i][1] = FMA(ai, b1, acc[i][1]);
+    enum { CHUNK = VEC_LANES / 2 };
+    for (int64_t i = 0; i < rows; i++, y += y_stride, tile += TILE_COLS) {
+        int64_t j = 0;
+        for (; j + CHUNK <= cols; j += CHUNK) {
+            REAL sum[CHUNK];
+            for (int c = 0; c < CHUNK; c++) sum[c] = add ? y[j + c] + tile[j + c] : tile[j + c];
+            __builtin_memcpy(y + j, sum, sizeof sum);
         }
-    }
-#pragma GCC unroll 14
-    for (int i = 0; i < rows; i++) {
-        REAL *yi = y + i * y_stride;
-        if (cols == n_vecs * VEC_LANES) {
-            for (int v = 0; v < n_vecs; v++) {
-                if (add) {
-                    VEC old;
-                    __builtin_memcpy(&old, yi + v * VEC_LANES, sizeof old);
-                    acc[i][v] += old;
-                }
-                __builtin_memcpy(yi + v * VEC_LANES, &acc[i][v], sizeof(VEC));
-            }
-        } else {
-            REAL row[TILE_COLS];
-            __builtin_memcpy(row, acc[i], sizeof row);
-            for (int64_t j = 0; j < cols; j++) yi[j] = add ? yi[j] + row[j] : row[j];
-        }
+        for (; j < cols; j++) y[j] = add ? y[j] + tile[j] : tile[j];
     }
 }
 
-static void LOCAL(tile)(void *y, int64_t y_stride, const void *a, const void *b, int64_t rows, int64_t cols, int64_t depth, bool add)
+/* `rows` and `n_vecs` are constants where this is inlined: every accumulator is a register. */
+static inline __attribute__((always_inline)) void LOCAL(tile_body)(REAL *y, int64_t y_stride, const REAL *a, int64_t a_stride, const REAL *b,
+                                                                   int64_t b_stride, stv_gemm_extent size, bool add, const int rows, const int n_vecs)
 {
-    switch (rows) {
-#define ROWS(n) \
-    case n: \
-        if (n > TILE_ROWS) return; \
-        if (cols <= VEC_LANES) LOCAL(tile_body)(y, y_stride, a, b, cols, depth, add, n > TILE_ROWS ? TILE_ROWS : n, 1); \
-        else LOCAL(tile_body)(y, y_stride, a, b, cols, depth, add, n > TILE_ROWS ? TILE_ROWS : n, 2); \
+    VEC acc[TILE_ROWS][TILE_VECS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < n_vecs; v++) {
+            acc[i][v] = SPLAT(0);
+            __builtin_prefetch(y + i * y_stride + v * VEC_LANES, 1);
+        }
+    for (int64_t k = 0; k < size.depth; k++) {
+        VEC bk[TILE_VECS];
+#pragma GCC unroll 3
+        for (int v = 0; v < n_vecs; v++) __builtin_memcpy(&bk[v], b + k * b_stride + v * VEC_LANES, sizeof(VEC));
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            VEC ai = SPLAT(a[i * a_stride + k]);
+#pragma GCC unroll 3
+            for (int v = 0; v < n_vecs; v++) acc[i][v] = FMA(ai, bk[v], acc[i][v]);
+        }
+    }
+    if (size.cols < n_vecs * VEC_LANES) {
+        REAL tile[TILE_ROWS][TILE_COLS];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < n_vecs; v++) __builtin_memcpy(&tile[i][v * VEC_LANES], &acc[i][v], sizeof(VEC));
+        LOCAL(store_part)(y, y_stride, tile[0], rows, size.cols, add);
         return;
-        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14)
+    }
+    /* All loads before all stores: where rows lie 4 KB apart, a load would wait for the store of the row above, whose address ends alike. */
+    if (add) {
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int v = 0; v < n_vecs; v++) {
+                VEC old;
+                __builtin_memcpy(&old, y + i * y_stride + v * VEC_LANES, sizeof old);
+                acc[i][v] += old;
+            }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < n_vecs; v++) __builtin_memcpy(y + i * y_stride + v * VEC_LANES, &acc[i][v], sizeof(VEC));
+}
+
+static void LOCAL(tile)(void *y, int64_t y_stride, const void *a, int64_t a_stride, const void *b, int64_t b_stride, stv_gemm_extent size, bool add)
+{
+    int64_t n_vecs = (size.cols + VEC_LANES - 1) / VEC_LANES;
+    switch (size.rows * 4 + n_vecs) {
+#define TILE(n, v) \
+    case n * 4 + v: \
+        if (n <= TILE_ROWS && v <= TILE_VECS) LOCAL(tile_body)(y, y_stride, a, a_stride, b, b_stride, size, add, n, v); \
+        return;
+#define ROWS(n) TILE(n, 1) TILE(n, 2) TILE(n, 3)
+        ROWS(1)
+        ROWS(2)
+        ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) TILE(9, 1) TILE(10, 1) TILE(11, 1) TILE(12, 1) TILE(13, 1) TILE(14, 1) TILE(15, 1) TILE(16, 1)
 #undef ROWS
+#undef TILE
+    }
+}
+
+static void LOCAL(copy)(void *dst_, int64_t dst_stride, const void *src_, int64_t src_stride, int64_t rows, int64_t cols)
+{
+    REAL *dst = dst_;
+    const REAL *src = src_;
+    int64_t whole = cols - cols % VEC_LANES;
+    for (int64_t i = 0; i < rows; i++, dst += dst_stride, src += src_stride) {
+        for (int64_t j = 0; j < whole; j += VEC_LANES) __builtin_memcpy(dst + j, src + j, sizeof(VEC));
+        for (int64_t j = whole; j < cols; j++) dst[j] = src[j];
     }
 }
 
@@ -103,16 +145,20 @@ static void LOCAL(transpose)(void *dst_, int64_t dst_stride, const void *src_, i
     REAL *dst = dst_;
     const REAL *src = src_;
 #if defined(TRANSPOSE_8X8)
-    for (int64_t i = 0; i < rows; i += 8)
-        for (int64_t j = 0; j < cols; j += 8)
-            TRANSPOSE_8X8(dst + j * dst_stride + i, dst_stride, src + i * src_stride + j, src_stride, rows - i, cols - j);
+    for (int64_t i = 0; i < rows; i += 8) {
+        int64_t j = 0, n_rows = rows - i < 8 ? rows - i : 8;
+        if (n_rows == 8)
+            for (; j + 8 <= cols; j += 8) TRANSPOSE_8X8(dst + j * dst_stride + i, dst_stride, src + i * src_stride + j, src_stride);
+        for (; j < cols; j += 8)
+            TRANSPOSE_PART(dst + j * dst_stride + i, dst_stride, src + i * src_stride + j, src_stride, n_rows, cols - j < 8 ? cols - j : 8);
+    }
 #else
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < cols; j++) dst[j * dst_stride + i] = src[i * src_stride + j];
 #endif
 }
 
-const stv_gemm_kernel KERNEL = {sizeof(REAL), TILE_ROWS, TILE_COLS, LOCAL(tile), LOCAL(transpose)};
+const stv_gemm_kernel KERNEL = {sizeof(REAL), TILE_ROWS, TILE_COLS, VEC_LANES, LOCAL(tile), LOCAL(copy), LOCAL(transpose)};
 
 #undef LOCAL
 #undef TILE_COLS
@@ -121,7 +167,9 @@ const stv_gemm_kernel KERNEL = {sizeof(REAL), TILE_ROWS, TILE_COLS, LOCAL(tile),
 #undef VEC
 #undef VEC_LANES
 #undef TILE_ROWS
+#undef TILE_VECS
 #undef SPLAT
 #undef FMA
 #undef TRANSPOSE_8X8
+#undef TRANSPOSE_PART
 #endif
