@@ -1,0 +1,222 @@
+"""The file formats under attack: valid seed files, and the public call that reads each one.
+
+A reader gets the path of the damaged file and returns what it read as a comparable value, after checking what a right result must be: declared
+shapes, finite values, agreement with an independent reader where there is one. `python tests/hostile/formats.py FORMAT CASE` replays one case.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "python")]
+import mutate
+import tiny
+
+from stllava.checkpoint import atomic
+from stllava.checkpoint.peft import LoraConfig
+from stllava.data.dpo import DPODataset
+from stllava.data.sft import SFTDataset
+from stllava.demo.base import fresh_weights
+from stllava.images import ImageProcessor, load_image
+from stllava.model import LlavaModel
+from stllava.text.tokenizer import Tokenizer
+
+VISION = tiny.VISION | {"image_size": 14, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+
+
+@dataclass
+class Format:
+    """kind: how `mutate` sees the file. files: path the variant is written to -> valid content. read: path -> value."""
+
+    kind: str
+    files: dict[Path, bytes]
+    read: Callable[[Path], Any]
+
+
+def small_model() -> LlavaModel:
+    config = tiny.config(24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64,
+                         mm_hidden_size=8, num_latents=2, mm_vision_config=VISION)
+    return LlavaModel(config, fresh_weights(config, 0), image_processor=ImageProcessor(size=14))
+
+
+def small_tokenizer(n_pieces: int = 600) -> bytes:
+    """The first pieces of the recorded tokenizer: control, bytes, and the shortest words."""
+    pieces, single, settings = _recorded_tokenizer()
+    return mutate.join_fields(pieces[:n_pieces] + single[:100] + settings)
+
+
+@functools.cache
+def _recorded_tokenizer() -> tuple[list[mutate.Field], list[mutate.Field], list[mutate.Field]]:
+    """Pieces, those of one character, everything else."""
+    fields = mutate.split_fields(tiny.TOKENIZER.read_bytes())
+    pieces = [field for field in fields if field[0] == 1]
+    single = [field for field in pieces[259:] if len(mutate.split_fields(field[2])[0][2].decode()) == 1]
+    return pieces, single, [field for field in fields if field[0] != 1]
+
+
+# ---- what is read, as a value ----------------------------------------------------------------------------------------------
+
+
+def digest(*arrays: np.ndarray) -> str:
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def _model(directory: Path, **options: Any) -> str:
+    """Reads a directory, and computes with it."""
+    model = LlavaModel.from_pretrained(directory, **options)
+    tensors = dict(model.named_parameters())
+    for name, info in model.tensor_infos().items():
+        if info.bound:
+            assert tensors[name].shape == tuple(info.shape) and np.isfinite(tensors[name]).all(), name
+    logits = model.logits([1, 2, 3])
+    assert logits.shape == (3, model.config.vocab_size)
+    return digest(*tensors.values(), logits)
+
+
+def _safetensors(path: Path) -> str:
+    import safetensors.numpy
+    value = _model(path.parent)
+    assert set(safetensors.numpy.load_file(path)) >= {"model.norm.weight"}  # the reference implementation accepts it too
+    return value
+
+
+def _tokenizer(path: Path) -> Any:
+    tokenizer = Tokenizer.from_pretrained(path.parent)
+    texts = ["Is it large? Yes.", " a  b\n\tc", "<image></s><s>", "\N{SNOWMAN}\N{GRINNING FACE}", "x" * 50]
+    ids = [tokenizer.encode(text, parse_special=special) for text in texts for special in (True, False)]
+    assert all(0 <= i < tokenizer.vocab_size for row in ids for i in row)
+    return ids, [tokenizer.decode(row, skip) for row in ids for skip in (True, False)]
+
+
+def _picture(path: Path) -> str:
+    loaded = load_image(path)
+    rgb = loaded.rgb
+    assert rgb.dtype == np.uint8 and rgb.ndim == 3 and rgb.shape[2] == 3 and rgb.size
+    if not loaded.notes:  # nothing was done to it, so it is what Pillow alone reads
+        try:
+            with Image.open(path) as image:
+                other = np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:  # the two things the core is laxer in, see stllava.images
+            assert path.suffix == ".png" and ("broken data stream" in str(error) or "Truncated" in str(error) or "identify" in str(error)), error
+        else:
+            np.testing.assert_array_equal(rgb, other)
+    pixels = ImageProcessor(size=28)(path)
+    assert pixels.shape == (3, 28, 28) and np.isfinite(pixels).all()
+    return digest(rgb, pixels)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------------
+
+
+def _pictures() -> dict[str, dict[str, bytes]]:
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 255, (20, 23, 3), np.uint8)).resize((46, 40))
+    grey, alpha = colour.convert("L"), colour.convert("RGBA")
+    alpha.putalpha(grey)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+
+    def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        return out.getvalue()
+
+    return {
+        "jpeg": {"rgb.jpg": encoded(colour, "JPEG"), "grey.jpg": encoded(grey, "JPEG"), "progressive.jpg": encoded(colour, "JPEG", progressive=True),
+                 "cmyk.jpg": encoded(colour.convert("CMYK"), "JPEG"), "turned.jpg": encoded(colour, "JPEG", exif=exif), "plain.jpg": encoded(colour, "JPEG", subsampling=0)},
+        "png": {"rgb.png": encoded(colour, "PNG"), "grey.png": encoded(grey, "PNG"), "alpha.png": encoded(alpha, "PNG"), "bits.png": encoded(colour.convert("1"), "PNG"),
+                "palette.png": encoded(colour.quantize(16), "PNG", transparency=3), "deep.png": encoded(grey.convert("I;16"), "PNG"), "turned.png": encoded(colour, "PNG", exif=exif)},
+        "bmp": {"rgb.bmp": encoded(colour, "BMP"), "grey.bmp": encoded(grey, "BMP"), "bits.bmp": encoded(colour.convert("1"), "BMP"), "palette.bmp": encoded(colour.quantize(16), "BMP")}}
+
+
+def build(name: str, folder: Path) -> Format:
+    """The format's seed files, written to `folder` with everything around them."""
+    if name in ("jpeg", "png", "bmp"):
+        return Format(name, {folder / file: data for file, data in _pictures()[name].items()}, _picture)
+    if name in ("tokenizer.model", "tokenizer_config", "added_tokens"):
+        (folder / "tokenizer.model").write_bytes(small_tokenizer())
+        Tokenizer(folder / "tokenizer.model", added_tokens={"<pad>": 701, "<im_start>": 702}).save_pretrained(folder)
+        path = folder / (name if name == "tokenizer.model" else name + ".json")
+        return Format("proto" if name == "tokenizer.model" else "json", {path: path.read_bytes()}, _tokenizer)
+    if name in ("sft", "dpo"):
+        return _data(name, folder)
+    model = small_model()
+    if name == "adapter_config":
+        model.save_pretrained(folder / "base")
+        model.add_lora(LoraConfig(r=2, lora_alpha=4, target_modules=frozenset({"q_proj", "down_proj"}), rank_pattern={"down_proj": 1}))
+        model.save_pretrained(folder / "adapter")
+        path = folder / "adapter" / "adapter_config.json"
+        return Format("json", {path: path.read_bytes()}, lambda path: _model(path.parent, model_base=folder / "base"))
+    file, form = {"safetensors": ("model.safetensors", "safetensors"), "index": ("model.safetensors.index.json", "safetensors"),
+                  "torch": ("pytorch_model.bin", "bin"), "config": ("config.json", "safetensors"), "manifest": ("manifest.json", "safetensors"),
+                  "preprocessor": ("preprocessor_config.json", "safetensors")}[name]
+    model.save_pretrained(folder / "m", format=form, shard_size=4000 if name == "index" else 10**9)
+    path = folder / "m" / file
+    if name == "manifest":
+        return Format("json", {path: path.read_bytes()}, lambda path: sorted(atomic.verify(path.parent)))
+    if name == "preprocessor":
+        return Format("json", {path: path.read_bytes()}, lambda path: digest(ImageProcessor.from_pretrained(path.parent)(np.full((20, 30, 3), 77, np.uint8))))
+    return Format({"torch": "zip", "safetensors": "safetensors"}.get(name, "json"), {path: path.read_bytes()},
+                  _safetensors if name == "safetensors" else lambda path: _model(path.parent))
+
+
+def _data(name: str, folder: Path) -> Format:
+    """Records as a list and as lines; every sample that is accepted is built."""
+    names = tiny.write_pictures(folder, 2)
+    records = tiny.sft_records(names) if name == "sft" else tiny.dpo_records(names)
+    (folder / "tokenizer.model").write_bytes(small_tokenizer())
+    tokenizer, processor = Tokenizer(folder / "tokenizer.model"), ImageProcessor(size=28)
+    kind = SFTDataset if name == "sft" else DPODataset
+
+    def read(path: Path) -> Any:
+        data = kind(path, tokenizer, processor, image_folder=folder, tokens_per_image=16, on_bad_sample="skip")
+        items = [data.sequences(i, 1) if isinstance(data, SFTDataset) else data.pair(i, 1) for i in range(len(data))]
+        assert all(len(sequence.ids) == len(sequence.labels) for item in items for sequence in item)
+        return items, [(problem.row, problem.kind) for problem in data.problems], [digest(data.pixels(key)) for item in items for s in item for key in s.images]
+
+    lines = "\n".join(map(json.dumps, records)).encode()
+    return Format("json", {folder / "data.json": json.dumps(records, indent=1).encode(), folder / "data.jsonl": lines}, read)
+
+
+FORMATS = ("safetensors", "index", "torch", "adapter_config", "config", "manifest", "tokenizer.model", "tokenizer_config", "added_tokens", "preprocessor",
+           "sft", "dpo", "jpeg", "png", "bmp")
+
+
+def variant(name: str, format_: Format, case: int) -> tuple[Path, bytes]:
+    """File `case` of a format: where it goes, and its bytes."""
+    rng = random.Random(f"{name}/{case}")
+    path = sorted(format_.files)[case % len(format_.files)]
+    return path, mutate.mutate(format_.kind, format_.files[path], rng)
+
+
+if __name__ == "__main__":
+    chosen, number = sys.argv[1], int(sys.argv[2])
+    work = Path(tempfile.mkdtemp())
+    try:
+        built = build(chosen, work)
+        target, content = variant(chosen, built, number)
+        target.write_bytes(content)
+        print(f"{target.name}: {len(content)} bytes: {content[:300]!r}", file=sys.stderr)
+        if os.environ.get("KEEP"):
+            shutil.copy(target, os.environ["KEEP"])
+        print(built.read(target))
+    finally:
+        shutil.rmtree(work)
