@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from cases import (BETA, CASES, CLUSTER, IGNORE, IMAGE_TOKEN, LEARNING_RATE, MAX_GRAD_NORM, PICTURE, PICTURE_SIZE, Case)
+from cases import BETA, CASES, CLUSTER, IGNORE, IMAGE_TOKEN, LEARNING_RATE, MAX_GRAD_NORM, PICTURE, PICTURE_SIZE, Case
 from worker import serve
 
 import stllava_c

@@ -5,8 +5,9 @@ from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer  # collections.abc has it from Python 3.12 on
+from typing_extensions import Buffer as AnyBuffer  # collections.abc has it from Python 3.12 on
 
+Buffer = AnyBuffer | NDArray[Any]  # which is one from Python 3.12 on
 Real = NDArray[np.float32] | NDArray[np.float64]
 Dtype = Literal["f32", "f64"]
 Numbers = Buffer | Sequence[int] | Sequence[float]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -138,7 +138,7 @@ def score(model: LlavaModel, prompt: str, answers: Seq[str], images: Seq[object]
 
 
 def chat(model: LlavaModel, messages: Seq[Mapping[str, str]], images: Seq[object] = (), *, template: str | None = None,
-         **options: object) -> str:
+         **options: Any) -> str:
     """Answers a conversation.
 
     Args:
@@ -166,7 +166,7 @@ def chat(model: LlavaModel, messages: Seq[Mapping[str, str]], images: Seq[object
     return answer.text
 
 
-def stream(model: LlavaModel, prompt: str, images: Seq[object] = (), **options: object) -> Iterator[str]:
+def stream(model: LlavaModel, prompt: str, images: Seq[object] = (), **options: Any) -> Iterator[str]:
     """Yields the text of one continuation piece by piece (options as for the core's Generator: max_new_tokens, temperature, ...)."""
     _trees, batch = model.batch([Sequence(_ids(model, prompt, 0), None, tuple(range(len(images))))])
     decoder = stllava_c.Generator(model.core, batch, pixels=model.pixels(images) if images else None, adapters=model.adapters_enabled,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -312,12 +312,12 @@ class LlavaModel:
         from .generation import score
         return score(self, prompt, answers, images)
 
-    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[object] | None = None, **options: object) -> list[list[Generation]]:
+    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[object] | None = None, **options: Any) -> list[list[Generation]]:
         """Continuations of each prompt: see :func:`stllava.generation.generate`."""
         from .generation import generate
         return generate(self, prompts, images, **options)
 
-    def chat(self, messages: Seq[Mapping[str, str]], images: Seq[object] = (), **options: object) -> str:
+    def chat(self, messages: Seq[Mapping[str, str]], images: Seq[object] = (), **options: Any) -> str:
         """The assistant's answer to a conversation: see :func:`stllava.generation.chat`."""
         from .generation import chat
         return chat(self, messages, images, **options)

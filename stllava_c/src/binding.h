@@ -103,7 +103,7 @@ typedef struct model_object {
     unsigned long owner; /* thread that has the lock, 0: none; read and written with the GIL */
     int depth;
     bool in_handler; /* the owner's call waits while a signal handler runs */
-    int n_forks; /* when the lock was last looked at */
+    int n_forks;     /* when the lock was last looked at */
 } model_object;
 
 static inline model_object *model_ref(model_object *model) { return (model_object *)Py_NewRef((PyObject *)model); }

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from no_memory import failing
+from tiny_core import CONFIG, Q_PROJ, bind_all, pair_batch, pixels, tiny
 
 import stllava_c
 from stllava_c import _core
-from no_memory import failing
-from tiny_core import CONFIG, Q_PROJ, bind_all, pair_batch, pixels, tiny
 
 try:
     import _testcapi

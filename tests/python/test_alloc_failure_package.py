@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from no_memory import failing
+from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 import stllava_c
-from no_memory import failing
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data.dpo import DPODataset
 from stllava.data.sft import SFTDataset
@@ -23,7 +24,6 @@ from stllava.train.dpo import DPOTrainer
 from stllava.train.loop import Trainer
 from stllava.train.sft import SFTTrainer
 from stllava_c import _core
-from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=frozenset({"q_proj", "v_proj"}))
 IDS = [1, 30, -200, 42, 11]

@@ -441,7 +441,7 @@ def run_threads(*works) -> None:
         try:
             for _ in range(30):
                 work()
-        except BaseException as error:  # noqa: BLE001 - raised by the caller, in its own thread
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=guarded, args=(work,)) for work in works]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stllava.checkpoint import torch_pickle, torch_zip
+from stllava.checkpoint import torch_zip
 from stllava.errors import FormatError
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "goldens" / "checkpoint_files"

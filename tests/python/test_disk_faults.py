@@ -107,7 +107,7 @@ def model_of(seed: int, adapter: bool) -> LlavaModel:
     model = tiny_model(seed=seed, vocab_size=64)
     if adapter:
         model.add_lora(LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0), "llm", seed=seed)
-        for name, array in model.lora_tensors().items():
+        for array in model.lora_tensors().values():
             array[...] = seed + 1
     return model
 
@@ -419,7 +419,7 @@ def test_lines_survive_a_fault_at_every_call(tmp_path: Path, kind: str) -> None:
             for n in range(4):
                 with contextlib.suppress(OSError):
                     file.write(json.dumps({"n": n}) + "\n")
-        return [n for n in range(4)]
+        return list(range(4))
 
     with Faults() as counting:
         rows(tmp_path / "count")
