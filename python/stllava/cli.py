@@ -193,12 +193,13 @@ def add_ask(parser: argparse.ArgumentParser) -> None:
 
 
 def run_ask(args: argparse.Namespace) -> None:
+    from .paths import inside
     from .selftrain.ask import AskSettings, ask
     folder = Path(args.image_folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise ValueError(f"{folder}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    ask(_model(args), [(name, str(folder / name)) for name in names], AskSettings(**take_fields(args, AskSettings)), out=args.out)
+    ask(_model(args), [(name, str(inside(folder, name))) for name in names], AskSettings(**take_fields(args, AskSettings)), out=args.out)
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tga", ".tif", ".tiff"}
@@ -214,10 +215,11 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
 
 
 def run_answer(args: argparse.Namespace) -> None:
+    from .paths import inside
     from .data.records import read_jsonl
     from .selftrain.answer import AnswerSettings, answer
     folder = Path(args.image_folder)
-    answer(_model(args), read_jsonl(args.questions), lambda name: str(folder / name), AnswerSettings(**take_fields(args, AnswerSettings)), out=args.out)
+    answer(_model(args), read_jsonl(args.questions), lambda name: str(inside(folder, name)), AnswerSettings(**take_fields(args, AnswerSettings)), out=args.out)
 
 
 def add_judge(parser: argparse.ArgumentParser) -> None:
@@ -265,13 +267,14 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
+    from .paths import inside
     from .data.records import read_records
     from .evaluate.answers import answer_questions
     from .evaluate.report import print_report
     from .evaluate.vqa import evaluate_vqa
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
-    answers = answer_questions(_model(args), items, lambda name: str(folder / name), template=args.conv_mode, max_new_tokens=args.max_new_tokens,
+    answers = answer_questions(_model(args), items, lambda name: str(inside(folder, name)), template=args.conv_mode, max_new_tokens=args.max_new_tokens,
                                out=args.answers_file)
     print_report(evaluate_vqa(items, answers, args.metrics))
 

@@ -102,10 +102,10 @@ def _stored_entries(path: Path, buffer: mmap.mmap) -> dict[str, tuple[int, int]]
             raw_name = buffer[name_at:name_at + n_name]
             size, stored, start = _wide(buffer[name_at + n_name:name_at + n_name + n_extra], size, stored, start)
             name = raw_name.decode("utf-8")
-            if start + size > end:
-                raise fail(f"entry {name[:80]!r} lies outside the file")
             if method != zipfile.ZIP_STORED or stored != size or flags & _ENCRYPTED:
                 raise fail(f"entry {name[:80]!r} is compressed or encrypted; torch stores them plain")
+            if start + size > end:
+                raise fail(f"entry {name[:80]!r} lies outside the file")
             if name in entries:
                 raise fail(f"two entries named {name[:80]!r}")
             local, _, _, _, _, _, _, _, _, n_name, n_extra = _LOCAL.unpack_from(buffer, start)
