@@ -20,6 +20,9 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+from tiny import TOKENIZER, config, dpo_records, sft_records, write_pictures
+
+import stllava_c
 from stllava.checkpoint import atomic
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data import steps
@@ -29,8 +32,7 @@ from stllava.data.sft import SFTDataset
 from stllava.demo.base import fresh_weights
 from stllava.images import ImageProcessor
 from stllava.model import LlavaModel
-from stllava.selftrain import answer as answering
-from stllava.selftrain import ask as asking
+from stllava.selftrain import answer as answering, ask as asking
 from stllava.selftrain.judge import judge
 from stllava.selftrain.pairs import build_pairs
 from stllava.text.tokenizer import Tokenizer
@@ -38,7 +40,6 @@ from stllava.train import loop, update
 from stllava.train.arguments import DPOConfig, SFTConfig
 from stllava.train.dpo import DPOObjective, DPOTrainer
 from stllava.train.sft import SFTObjective, SFTTrainer
-from tiny import TOKENIZER, config, dpo_records, sft_records, write_pictures
 
 PHASES = {"sft": ("step", "save", "resume", "between", "export"), "dpo": ("step", "save", "resume", "between", "export"),
           "selftrain": ("step", "write", "resume")}
@@ -185,6 +186,7 @@ def main() -> None:
     images = folder / "images"
     images.mkdir(parents=True)
     write_pictures(images, 5)
+    stllava_c.set_num_threads(1)
 
     def counted(root: Path) -> Counter[str]:
         assert finish(start(kind, images, root / "out"))

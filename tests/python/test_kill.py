@@ -17,16 +17,31 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kind", ["sft", "dpo", "selftrain"])
-def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, amount, kind):
-    n = amount(25, 200)
-    command = [sys.executable, str(HERE / "kill_worker.py"), kind, str(tmp_path / "runs"), str(n), "7"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}, timeout=60 + 20 * n)
-    assert done.returncode == 0, done.stderr
-    points = [json.loads(line) for line in done.stdout.splitlines()]
+KINDS = ("sft", "dpo", "selftrain")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory, pytestconfig):
+    """The three kinds side by side, each on one thread; and how many points each takes."""
+    n = 200 if pytestconfig.getoption("--long") else 25
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    started = {kind: subprocess.Popen([sys.executable, str(HERE / "kill_worker.py"), kind, str(tmp_path_factory.mktemp("kill") / kind), str(n), "7"],
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for kind in KINDS}
+    yield started, n
+    for worker in started.values():
+        worker.kill()
+        worker.communicate()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_runs_end_as_if_nothing_had_happened(workers, kind):
+    started, n = workers
+    output, errors = started[kind].communicate(timeout=60 + 20 * n)
+    assert started[kind].returncode == 0, errors
+    points = [json.loads(line) for line in output.splitlines()]
     assert len(points) == n
     assert not [point for point in points if point["different"]]
-    # all were killed where they were told to, but for some that were done before their time
+    # all were killed where they were told to be, but for some that were done before their time
     assert all(point["killed"] for point in points if point["chain"][0][0] != "time")
     assert sum(point["killed"] for point in points) >= n
