@@ -215,8 +215,8 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
 
 
 def run_answer(args: argparse.Namespace) -> None:
-    from .paths import inside
     from .data.records import read_jsonl
+    from .paths import inside
     from .selftrain.answer import AnswerSettings, answer
     folder = Path(args.image_folder)
     answer(_model(args), read_jsonl(args.questions), lambda name: str(inside(folder, name)), AnswerSettings(**take_fields(args, AnswerSettings)), out=args.out)
@@ -267,11 +267,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from .paths import inside
     from .data.records import read_records
     from .evaluate.answers import answer_questions
     from .evaluate.report import print_report
     from .evaluate.vqa import evaluate_vqa
+    from .paths import inside
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
     answers = answer_questions(_model(args), items, lambda name: str(inside(folder, name)), template=args.conv_mode, max_new_tokens=args.max_new_tokens,
