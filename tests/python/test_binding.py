@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import resource
-import threading
 
 import numpy as np
 import pytest
@@ -231,57 +228,3 @@ def test_steady_steps_allocate_nothing():
     run.forward(made, train=True)
     run.backward(d)
     assert stllava_c.allocations() == before
-
-
-def test_threads_on_own_and_shared_objects():
-    m = model()
-    made = batch(m)
-    want = stllava_c.Run(m).forward(made)
-    shared = stllava_c.Run(m)
-    problems = []
-
-    def work(run):
-        problems.extend(run for _ in range(50) if not np.array_equal(run.forward(made), want))
-
-    threads = [threading.Thread(target=work, args=(run,)) for run in (shared, shared, stllava_c.Run(m), stllava_c.Run(m))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fork_after_use():
-    m = model()
-    run, made = stllava_c.Run(m), batch(m)
-    want = run.forward(made)
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if np.array_equal(run.forward(made), want) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-@pytest.mark.skipif(stllava_c.build_info()["sanitizers"], reason="AddressSanitizer keeps freed memory in quarantine, so resident memory grows")
-def test_no_leaks():
-    def once():
-        m = model()
-        m.add_lora("model.layers.0.self_attn.q_proj", 2, 1.0)
-        for side, shape in (("A", (2, 16)), ("B", (16, 2))):
-            m.bind(f"model.layers.0.self_attn.q_proj.lora_{side}.weight", np.ones(shape, np.float32))
-        m.set_trainable(["model.norm.weight"])
-        run, made = stllava_c.Run(m), batch(m)
-        run.forward(made, train=True)
-        run.backward(np.ones(3))
-        decoder = stllava_c.Generator(m, made, max_new_tokens=2)
-        decoder.step()
-        for bad in (lambda: m.tensor("x"), lambda: run.backward(np.ones(3)), lambda: batch(m, (99,))):
-            with pytest.raises((KeyError, ValueError, stllava_c.Error)):
-                bad()
-
-    for _ in range(50):
-        once()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(300):
-        once()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 3000  # KiB: 300 rounds of 100 KiB would show

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiny import dpo_records, sft_records, tiny_model, write_pictures
+from tiny_core import Q_PROJ, bind_all, pixels, tiny
 
 import stllava_c
 from stllava.checkpoint.peft import LoraConfig
@@ -12,8 +14,6 @@ from stllava.data.sft import SFTDataset
 from stllava.train.arguments import DPOConfig, SFTConfig
 from stllava.train.dpo import DPOTrainer
 from stllava.train.sft import SFTTrainer
-from tiny import dpo_records, sft_records, tiny_model, write_pictures
-from tiny_core import Q_PROJ, bind_all, pixels, tiny
 
 
 @pytest.fixture(scope="module")

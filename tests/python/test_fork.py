@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 import pytest
+from tiny_core import DECODER, PROJECTOR, pair_batch, pixels, text_batch, tiny
 
 import stllava_c
-from tiny_core import DECODER, PROJECTOR, pair_batch, pixels, text_batch, tiny
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 NORM = "model.norm.weight"

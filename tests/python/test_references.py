@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import inspect
 import io
 import os
 import sys
@@ -17,11 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from test_stub import CLASSES, FUNCTIONS, OWN
+from tiny_core import CONFIG, Q_PROJ, bind_all, pair_batch, pixels, text_batch, tiny
 
 import stllava_c
 from stllava_c import _core
-from test_stub import CLASSES, FUNCTIONS, OWN
-from tiny_core import CONFIG, Q_PROJ, bind_all, pair_batch, pixels, text_batch, tiny
 
 NORM = "model.norm.weight"
 TEXT = {**CONFIG, "vision": None, "projector": None}

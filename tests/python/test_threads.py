@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_core import Q_PROJ, pair_batch, pixels, text_batch, tiny
 
 import stllava_c
-from tiny_core import Q_PROJ, pair_batch, pixels, text_batch, tiny
 
 N_THREADS = 8
 NORM = "model.norm.weight"
