@@ -11,9 +11,11 @@ help:
 	@echo "make demo-base   trains the demo's base model anew"
 	@echo "make test        every test; the C tests run under sanitizers, from pytest         (ARGS='-k name': part of pytest)"
 	@echo "make test-long   the exhaustive forms: every fault, thousands of damaged files, fuzzing"
+	@echo "make fuzz        every parser under a coverage-guided search                       (SECONDS=60: each so long)"
 	@echo "make bench       benchmarks against torch + peft, OpenBLAS           (ARGS=sft: rows with that in their id; STLLAVA_PEERS=PYTHON: where torch is)"
 	@echo "make lint        format, style, types and clang-tidy; the tools come from PyPI     (make format: formats the C files)"
-	@echo "make asan        the core and the binding under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make asan        the Python tests with the core and the binding under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make tsan        the C tests under ThreadSanitizer"
 	@echo "make clean       removes .venv, build/ and the built extension"
 
 # Editable, so that what is tested is what is edited and `python -c 'import stllava_c'` in this folder finds the built extension; without build
@@ -40,6 +42,7 @@ test: install
 
 test-long: install
 	$(BIN)/python -m pytest -q --long $(ARGS)
+	$(MAKE) asan ARGS="$(ARGS)"
 
 # Peers live in an environment of their own: never a dependency.
 PEERS := build/peers
@@ -69,6 +72,10 @@ lint: $(LINT)
 format: $(LINT)
 	$(BIN)/clang-format -i $(FORMATTED)
 
+SECONDS ?= 60
+fuzz: install
+	$(MAKE) -C tests/fuzz fuzz PYTHON=$(CURDIR)/$(BIN)/python SECONDS=$(SECONDS)
+
 # An installation of its own, run from another folder: the checkout holds the extension of `make install`.
 ASAN := $(CURDIR)/build/asan
 asan:
@@ -76,9 +83,12 @@ asan:
 	$(ASAN)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0" scipy-openblas32
 	STLLAVA_SANITIZE=1 STLLAVA_WERROR=1 STLLAVA_CUDA=0 $(ASAN)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation ".[test]"
 	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(ASAN)/bin/pytest -q -p no:cacheprovider $(CURDIR)/tests/python/test_binding*.py $(ARGS)
+		$(ASAN)/bin/pytest -q -p no:cacheprovider $(CURDIR)/tests $(ARGS)
+
+tsan:
+	$(MAKE) -s -C tests/c run SANITIZE=thread BUILD=$(CURDIR)/build/c-tests-thread
 
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info stllava_c/libs stllava_c/_core*.so
 
-.PHONY: help install demo demo-base test test-long bench lint format lint format asan clean
+.PHONY: help install demo demo-base test test-long fuzz bench lint format asan tsan clean

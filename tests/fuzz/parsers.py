@@ -35,9 +35,13 @@ TOKENIZER = Path(__file__).parent / "corpus" / "tokenizer" / "bytes.model"
 
 
 @cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="stllava-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+
+
 def folder() -> Path:
-    """A folder of this process alone; in memory where the system has such a place."""
-    return Path(tempfile.mkdtemp(prefix="stllava-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    """A folder of this process alone, in memory where the system has such a place."""
+    return Path(_scratch().name)
 
 
 def _write(name: str, data: bytes) -> Path:

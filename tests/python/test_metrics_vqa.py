@@ -4,12 +4,12 @@ import io
 import json
 
 import pytest
+from cases_metrics import replay_metrics
 from rich.console import Console
 from text_data import GOLDENS, load
 
 from stllava.errors import FormatError
 from stllava.evaluate import evaluate_vqa, is_attainable, paired_bootstrap, print_report
-from tests.parity.cases_metrics import replay_metrics
 
 CASE = GOLDENS / "metrics"
 

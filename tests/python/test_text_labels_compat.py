@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
+from cases_templates import replay_templates
 from text_data import TEMPLATES, dialogues, label_files, load, tokenizer
 
 from stllava.conversation import ConversationError
 from stllava.text import preprocess_compat
-from tests.parity.cases_templates import replay_templates
 
 REPLAYED = replay_templates(TEMPLATES)
 NOT_RECOMPUTED = {"draws", "error_text"}  # inputs, and the text of the original's AssertionError
