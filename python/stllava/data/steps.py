@@ -9,10 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from stllava.checkpoint.atomic import appending
 from stllava.checkpoint.lock import run_lock
+from stllava.progress import progress_bar
 
 from .records import read_jsonl
 
@@ -47,8 +46,7 @@ def run_step(items: Iterable[Item], key: Callable[[Item], str], work: Callable[[
                 done = {row["id"]: row for row in read_jsonl(out, cut_off=True)}
             file = stack.enter_context(appending(out))
         todo = [item for item in items if key(item) not in done]
-        bar = stack.enter_context(tqdm(total=len(items), initial=len(items) - len(todo), desc=label, unit="item", disable=not progress,
-                                       dynamic_ncols=True))
+        bar = stack.enter_context(progress_bar(len(items), label=label, unit="item", done=len(items) - len(todo), show=progress))
         for start in range(0, len(todo), batch_size):
             batch = todo[start:start + batch_size]
             for item, record in zip(batch, work(batch), strict=True):

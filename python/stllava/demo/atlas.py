@@ -21,15 +21,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from stllava.checkpoint.atomic import make_directory, write_bytes
+from stllava.progress import progress_bar
 
 from . import sources, volumes
 from .questions import CLOSED, DESCRIBE, OPEN, STRUCTURES, Facts, Question, ask, ask_all, caption
 from .render import Renderer, stream
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["AtlasPaths", "BaseItem", "base_items", "build"]
 
@@ -95,7 +97,7 @@ def build(
     root = Path(out_dir)
     renderer = Renderer(volumes.load(sources.fetch(cache_dir, progress=progress)), seed=seed, size=size)
     facts: dict[str, list[Facts]] = {}
-    with tqdm(total=sum(counts.values()), desc="drawing images", unit="image", disable=not progress) as bar:
+    with progress_bar(sum(counts.values()), label="drawing images", unit="image", show=progress) as bar:
         for split, count in counts.items():
             facts[split] = _draw_split(renderer, root / "images" / split, split, count, bar)
     paths = AtlasPaths(
@@ -126,7 +128,7 @@ def base_items(path: str | os.PathLike[str]) -> Iterator[BaseItem]:
         yield BaseItem(record["id"], record["image"], record["caption"], questions, later)
 
 
-def _draw_split(renderer: Renderer, folder: Path, split: str, count: int, bar: tqdm) -> list[Facts]:
+def _draw_split(renderer: Renderer, folder: Path, split: str, count: int, bar: tqdm[Any]) -> list[Facts]:
     make_directory(folder)
     facts = []
     for index in range(count):

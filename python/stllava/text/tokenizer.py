@@ -11,15 +11,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import sentencepiece
+from typing import TYPE_CHECKING, Any
 
 from stllava.checkpoint.atomic import make_directory, write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_ADDED_TOKENS, MAX_JSON_ITEMS, MAX_PIECE_BYTES, MAX_TOKENIZER_BYTES, MAX_VOCABULARY
 from stllava.paths import read_regular
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 _UNDERLINE = "\u2581"
 _MODEL_FILE, _CONFIG_FILE, _ADDED_FILE = "tokenizer.model", "tokenizer_config.json", "added_tokens.json"
@@ -212,9 +213,10 @@ class Tokenizer:
             write_bytes(folder / _ADDED_FILE, dump_object(self.added_tokens))
 
 
-
 def _load(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     """The library's model, with pieces that are text: it takes any bytes, and fails later where they are met."""
+    import sentencepiece  # not above: a model that is only trained or measured does not need it
+
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(data)

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tqdm import tqdm
-
 from stllava.checkpoint import atomic
 from stllava.checkpoint.lock import run_lock
 from stllava.errors import NumericsError
 from stllava.model import LlavaModel
+from stllava.progress import progress_bar
 
 from .arguments import TrainingArguments
 from .callbacks import TrainerCallback, TrainerControl, TrainerState
@@ -112,8 +111,8 @@ class Trainer:
         guard = TrainingGuard(self.model, allow=args.allow_untrained or first > 0)  # it has to see the first updates
         self._call("on_train_begin")
         n_items = 0
-        with tqdm(total=self.plan.total_steps, initial=first, disable=args.disable_tqdm, desc=type(self).__name__.removesuffix("Trainer"),
-                  unit="step", dynamic_ncols=True) as bar, atomic.appending(log_file) as log:
+        with progress_bar(self.plan.total_steps, label=type(self).__name__.removesuffix("Trainer"), unit="step", done=first,
+                          show=not args.disable_tqdm) as bar, atomic.appending(log_file) as log:
             for step, micros in self._updates(first):
                 entry = self._update(step, micros, guard, log)
                 n_items += sum(len(micro.items) for micro in micros)
