@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -36,11 +35,11 @@ TOKENIZER = Path(__file__).parent / "corpus" / "tokenizer" / "bytes.model"
 
 @cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="stllava-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    return tempfile.TemporaryDirectory(prefix="stllava-fuzz-")
 
 
 def folder() -> Path:
-    """A folder of this process alone, in memory where the system has such a place."""
+    """A folder of this process alone."""
     return Path(_scratch().name)
 
 
