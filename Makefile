@@ -77,12 +77,13 @@ fuzz: install
 	$(MAKE) -C tests/fuzz fuzz PYTHON=$(CURDIR)/$(BIN)/python SECONDS=$(SECONDS)
 
 # An installation of its own, run from another folder: the checkout holds the extension of `make install`.
+# libstdc++ comes along because AddressSanitizer looks up its throw at the start, before sentencepiece is loaded.
 ASAN := $(CURDIR)/build/asan
 asan:
 	@test -x $(ASAN)/bin/python || $(PYTHON) -m venv $(ASAN)
 	$(ASAN)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0" scipy-openblas32
 	STLLAVA_SANITIZE=1 STLLAVA_WERROR=1 STLLAVA_CUDA=0 $(ASAN)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation ".[test]"
-	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0 \
 		$(ASAN)/bin/pytest -q -p no:cacheprovider $(CURDIR)/tests $(ARGS)
 
 tsan:
