@@ -1,6 +1,6 @@
 /* attention.c - scores, softmax and values for blocks of queries; backward from the saved log-sum-exp.
  *
- *     plan                    scratch                        block of 16 queries of one head
+ *     plan                    scratch                        block of 32 queries of one head
  *     spans of key rows  -->  K transposed (head_dim, rows)  S = q K^T span by span, columns = key numbers of the segment
  *                             V padded     (rows, head_dim)  P = softmax of each row over the keys it sees, 0 elsewhere
  *                                                            out = P V
@@ -24,7 +24,7 @@
 #include <string.h>
 
 enum {
-    BLOCK = 16,        /* queries */
+    BLOCK = 32,        /* queries */
     GATHER_ROWS = 64,  /* key rows rearranged by one task */
     MIN_WORK = 1 << 17 /* multiply-adds below which waking threads costs more than it brings */
 };

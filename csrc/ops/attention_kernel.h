@@ -55,6 +55,7 @@ extern const stv_attn_kernel stv_attn_avx2, stv_attn_avx512;
 #include "ops/reduce.h"
 
 #define VEC_LANES ((int64_t)(sizeof(VEC) / sizeof(real)))
+#define AHEAD 8 /* rows of b: they lie further apart than the processor looks ahead by itself */
 
 /* `rows` and `n_vecs` are constants where this is inlined: every accumulator is a register. */
 static inline __attribute__((always_inline)) void tile(real *c, int64_t c_row, stv_attn_left a, const real *b, int64_t b_row, int64_t depth, bool add,
@@ -67,8 +68,13 @@ static inline __attribute__((always_inline)) void tile(real *c, int64_t c_row, s
         if (add) __builtin_memcpy(acc[i], c + i * c_row, (size_t)n_vecs * sizeof(VEC));
     }
     for (int64_t k = 0; k < depth; k++) {
-        __builtin_memcpy(&b0, b + k * b_row, sizeof b0);
-        if (n_vecs == 2) __builtin_memcpy(&b1, b + k * b_row + VEC_LANES, sizeof b1);
+        const real *bk = b + k * b_row, *later = bk + AHEAD * b_row;
+        __builtin_memcpy(&b0, bk, sizeof b0);
+        __builtin_prefetch(later);
+        if (n_vecs == 2) {
+            __builtin_memcpy(&b1, bk + VEC_LANES, sizeof b1);
+            __builtin_prefetch(later + VEC_LANES);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
             VEC ai = SPLAT(a.p[i * a.row + k * a.depth]);
