@@ -10,9 +10,12 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import StllavaError
+
+if TYPE_CHECKING:
+    from .model import LlavaModel
 
 __all__ = ["main"]
 
@@ -95,7 +98,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_threads", type=int, default=0, help="default: one per core")
 
 
-def _model(args: argparse.Namespace):
+def _model(args: argparse.Namespace) -> LlavaModel:
     import stllava_c
 
     from .model import LlavaModel
@@ -117,8 +120,8 @@ def _data_flags(parser: argparse.ArgumentParser, template: str) -> None:
     parser.add_argument("--vit_lora_enable", type=parse_bool, nargs="?", const=True, default=False)
 
 
-def _data_options(args: argparse.Namespace, model: Any) -> dict[str, Any]:
-    if model.tokenizer is None or model.image_processor is None:
+def _data_options(args: argparse.Namespace, model: LlavaModel) -> dict[str, Any]:
+    if not model.has_tokenizer or model.config.vision is None:
         raise ValueError(f"{args.model_name_or_path} has no tokenizer.model or no vision tower; training from files needs both")
     return {"tokenizer": model.tokenizer, "image_processor": model.image_processor, "image_folder": args.image_folder, "template": args.version,
             "max_length": args.model_max_length, "tokens_per_image": model.core.tokens_per_image, "on_bad_sample": args.on_bad_sample}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from stllava.config_fields import FileConfig, check_divides, check_integer, check_integers, check_neutral, check_positive, unsupported
 from stllava.errors import ConfigError
@@ -223,9 +223,9 @@ class LlavaConfig(FileConfig):
         return layer if layer >= 0 else self.vision.num_hidden_layers + 1 + layer
 
     @property
-    def image_aspect_ratio(self) -> str:
+    def image_aspect_ratio(self) -> Literal["pad", "square"]:
         """'pad' (to a square) or 'square' (crop), LLaVA's default."""
-        return self.extra.get("image_aspect_ratio") or "square"
+        return "pad" if self.extra.get("image_aspect_ratio") == "pad" else "square"
 
     def decoder_config(self) -> dict[str, Any]:
         """The "decoder" dictionary of the C core; `sliding_window` 0 = none."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import stllava_c
 
@@ -16,6 +17,7 @@ from .text.encode import encode_conversation, tokenizer_image_token
 from .tree import Sequence, build_trees
 
 if TYPE_CHECKING:
+    from .images import Picture
     from .model import LlavaModel
 
 __all__ = ["Generation", "generate", "chat", "score"]
@@ -31,7 +33,7 @@ class Generation:
     finished: bool
 
 
-def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[object] | None = None, *, max_new_tokens: int = 1024,
+def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[Picture | tuple[Picture, ...] | None] | None = None, *, max_new_tokens: int = 1024,
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, num_return_sequences: int = 1, seeds: Seq[int] | None = None,
              stop: Seq[str] = (), eos_token_id: int | Seq[int] | None = None, batch_size: int = 32,
              on_batch: Callable[[int], None] | None = None) -> list[list[Generation]]:
@@ -65,9 +67,11 @@ def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[o
     results: list[list[Generation]] = []
     for start in range(0, len(prompts), batch_size):
         chosen = range(start, min(start + batch_size, len(prompts)))
-        sequences, pictures = [], {}
+        sequences: list[Sequence] = []
+        pictures: dict[Hashable, Picture] = {}
         for i in chosen:
-            mine = () if images is None or images[i] is None else images[i] if isinstance(images[i], tuple) else (images[i],)
+            given = None if images is None else images[i]
+            mine = () if given is None else given if isinstance(given, tuple) else (given,)
             keys = tuple(image if isinstance(image, str) else id(image) for image in mine)
             pictures.update(zip(keys, mine, strict=True))
             sequences.append(Sequence(_ids(model, prompts[i], i), None, keys))
@@ -94,39 +98,39 @@ def _decode(model: LlavaModel, decoder: stllava_c.Generator, stop: Seq[str], eos
     stopped: dict[int, str] = {}
     while decoder.n_active:
         tokens, values = decoder.step()
-        for i in np.flatnonzero(tokens >= 0):
+        for i in np.flatnonzero(tokens >= 0).tolist():
             ids[i].append(int(tokens[i]))
             logps[i].append(float(values[i]))
-            if stop and int(tokens[i]) not in eos:
+            if stop and ids[i][-1] not in eos:
                 text = model.tokenizer.decode(ids[i])
                 cut = min((at for at in (text.find(word) for word in stop) if at >= 0), default=-1)
                 if cut >= 0:
-                    stopped[int(i)] = text[:cut]
-                    decoder.finish(int(i))
+                    stopped[i] = text[:cut]
+                    decoder.finish(i)
     out = []
-    for i, tokens in enumerate(ids):
-        ended = bool(tokens) and tokens[-1] in eos
-        body = tokens[:-1] if ended else tokens
-        text = stopped[i] if i in stopped else model.tokenizer.decode(body) if model.tokenizer else ""
-        out.append(Generation(text.strip(), tokens, logps[i], ended or i in stopped))
+    for i, mine in enumerate(ids):
+        ended = bool(mine) and mine[-1] in eos
+        body = mine[:-1] if ended else mine
+        text = stopped[i] if i in stopped else model.tokenizer.decode(body) if model.has_tokenizer else ""
+        out.append(Generation(text.strip(), mine, logps[i], ended or i in stopped))
     return out
 
 
 def _eos(model: LlavaModel, eos_token_id: int | Seq[int] | None) -> list[int]:
     if eos_token_id is None:
-        return [] if model.tokenizer is None else [model.tokenizer.eos_token_id]
+        return [model.tokenizer.eos_token_id] if model.has_tokenizer else []
     return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
 
 def _ids(model: LlavaModel, prompt: str | Seq[int], i: int) -> list[int]:
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]
-    if model.tokenizer is None:
+    if not model.has_tokenizer:
         raise ValueError(f"generate: prompt {i} is a text, but the model has no tokenizer; pass ids")
     return tokenizer_image_token(prompt, model.tokenizer, IMAGE_TOKEN_INDEX)
 
 
-def score(model: LlavaModel, prompt: str, answers: Seq[str], images: Seq[object] = ()) -> np.ndarray:
+def score(model: LlavaModel, prompt: str, answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
     """See :meth:`LlavaModel.score`. An answer's tokens are those of its text after the prompt, with the end token."""
     head = _ids(model, prompt, 0)
     pictures = dict(enumerate(model.pixels(images))) if images else {}
@@ -137,7 +141,7 @@ def score(model: LlavaModel, prompt: str, answers: Seq[str], images: Seq[object]
     return model.logps(sequences, pictures)
 
 
-def chat(model: LlavaModel, messages: Seq[Mapping[str, str]], images: Seq[object] = (), *, template: str | None = None,
+def chat(model: LlavaModel, messages: Seq[Mapping[str, str]], images: Seq[Picture] = (), *, template: str | None = None,
          **options: Any) -> str:
     """Answers a conversation.
 
@@ -166,7 +170,7 @@ def chat(model: LlavaModel, messages: Seq[Mapping[str, str]], images: Seq[object
     return answer.text
 
 
-def stream(model: LlavaModel, prompt: str, images: Seq[object] = (), **options: Any) -> Iterator[str]:
+def stream(model: LlavaModel, prompt: str, images: Seq[Picture] = (), **options: Any) -> Iterator[str]:
     """Yields the text of one continuation piece by piece (options as for the core's Generator: max_new_tokens, temperature, ...)."""
     _trees, batch = model.batch([Sequence(_ids(model, prompt, 0), None, tuple(range(len(images))))])
     decoder = stllava_c.Generator(model.core, batch, pixels=model.pixels(images) if images else None, adapters=model.adapters_enabled,

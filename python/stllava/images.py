@@ -25,7 +25,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 import stllava_c
 from stllava.checkpoint.atomic import write_bytes
@@ -65,6 +65,8 @@ class LoadedImage:
 
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
+Picture: TypeAlias = Source | LoadedImage | np.ndarray
+"""An array is uint8 (height, width, 3). `LlavaModel` also takes preprocessed ones, float (3, S, S)."""
 
 
 def load_image(source: Source, mode: Mode = "default", *, background: Colour = BACKGROUND) -> LoadedImage:
@@ -95,7 +97,7 @@ def load_image(source: Source, mode: Mode = "default", *, background: Colour = B
     except (MemoryError, ImageError):
         raise
     except Exception as error:  # Pillow's readers raise a dozen types for damaged files
-        unknown = isinstance(error, Image.UnidentifiedImageError)
+        unknown = isinstance(error, UnidentifiedImageError)
         reason = f"not one of {', '.join(FORMATS)}, or damaged in the header" if unknown else str(error) or repr(error)
         raise ImageError(f"{name}: cannot be read: {reason}", path=name) from error
 
@@ -176,7 +178,7 @@ def _convert(image: Image.Image, data: bytes, mode: Mode, background: Colour, no
         notes.append("16-bit samples reduced to their high bytes")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        if rgba.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(rgba.getchannel("A")).min() < 255:
             notes.append("alpha dropped" if mode == "compat" else f"alpha composited on {background}")
             if mode == "default":
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba)
@@ -246,6 +248,11 @@ class ImageProcessor:
             raise ConfigError(f"background {colour!r}: want 3 integers from 0 to 255", field="background")
         object.__setattr__(self, "background", colour)
 
+    @property
+    def _colour(self) -> Colour:
+        assert self.background is not None  # since __post_init__
+        return self.background
+
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], aspect: Literal["pad", "square"] = "pad", *,
                         mode: Mode = "default") -> Self:
@@ -264,28 +271,28 @@ class ImageProcessor:
             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
             "image_mean": list(self.image_mean), "image_std": list(self.image_std)}))
 
-    def load(self, image: Source | LoadedImage | NDArray[np.uint8]) -> LoadedImage:
+    def load(self, image: Picture) -> LoadedImage:
         """`image` as 8-bit RGB: arrays (height, width, 3) as they are, everything else through `load_image`."""
         if isinstance(image, LoadedImage):
             return image
         if not isinstance(image, np.ndarray):
-            return load_image(image, self.mode, background=self.background)
+            return load_image(image, self.mode, background=self._colour)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ImageError(f"picture array: want uint8 (height, width, 3), found {image.dtype} {image.shape}")
         return LoadedImage(image, [])
 
-    def __call__(self, image: Source | LoadedImage | NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, image: Picture) -> NDArray[np.float32]:
         """float32 (3, size, size). Raises ImageError."""
         rgb = np.ascontiguousarray(self.load(image).rgb)
-        return stllava_c.image_preprocess(rgb, size=self.size, pad=self.aspect == "pad", background=self.background,
+        return stllava_c.image_preprocess(rgb, size=self.size, pad=self.aspect == "pad", background=self._colour,
                                           mean=self.image_mean, std=self.image_std)
 
-    def resize_crop(self, image: Source | LoadedImage | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def resize_crop(self, image: Picture) -> NDArray[np.uint8]:
         """uint8 (size, size, 3): the picture the model sees, before normalisation. Raises ImageError."""
         rgb = np.ascontiguousarray(self.load(image).rgb)
-        return stllava_c.image_resize_crop(rgb, size=self.size, pad=self.aspect == "pad", background=self.background)
+        return stllava_c.image_resize_crop(rgb, size=self.size, pad=self.aspect == "pad", background=self._colour)
 
-    def preprocess_many(self, images: Sequence[Source | LoadedImage | NDArray[np.uint8]],
+    def preprocess_many(self, images: Sequence[Picture],
                         threads: int | None = None) -> NDArray[np.float32]:
         """float32 (n, 3, size, size), loaded and processed by `threads` threads (None: one per core), the same at any number.
 
@@ -340,7 +347,8 @@ def _side(values: Mapping[str, Any], key: str, names: set[str], default: int) ->
     sides = list(value.values()) if isinstance(value, dict) and set(value) == names else [value]
     if not all(isinstance(side, int) and side == sides[0] for side in sides):
         raise ConfigError(f"{key} {value!r}: want a number of pixels or an object of {' and '.join(sorted(names))}, equal", field=key)
-    return sides[0]
+    side: int = sides[0]
+    return side
 
 
 def expand2square(image: Image.Image, background: Colour | int) -> Image.Image:
@@ -354,14 +362,14 @@ def expand2square(image: Image.Image, background: Colour | int) -> Image.Image:
     return square
 
 
-def process_images(images: Iterable[Source | LoadedImage | NDArray[np.uint8]], image_processor: ImageProcessor,
+def process_images(images: Iterable[Picture], image_processor: ImageProcessor,
                    model_cfg: Any) -> NDArray[np.float32]:
     """float32 (n, 3, size, size), padded iff `model_cfg` (object or mapping) says image_aspect_ratio "pad".
 
     Source: LLaVA `process_images`. Raises ConfigError for aspect ratios that are not implemented ("anyres", ...); ImageError.
     """
-    read = model_cfg.get if isinstance(model_cfg, Mapping) else lambda key: getattr(model_cfg, key, None)
-    aspect = read("image_aspect_ratio")
+    key = "image_aspect_ratio"
+    aspect = model_cfg.get(key) if isinstance(model_cfg, Mapping) else getattr(model_cfg, key, None)
     if aspect not in ("pad", "square", None):
         raise ConfigError(f"image_aspect_ratio {aspect!r}: want 'pad' or 'square'", field="image_aspect_ratio")
     return replace(image_processor, aspect="pad" if aspect == "pad" else "square").preprocess_many(list(images))

@@ -12,26 +12,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 import stllava_c
 
 from .checkpoint import directory, names
 from .checkpoint.atomic import atomic_directory, current
+from .checkpoint.index import Format
 from .checkpoint.peft import LoraConfig
 from .config import LlavaConfig
 from .errors import ConfigError, FormatError
-from .images import ImageProcessor
+from .images import ImageProcessor, Picture
 from .text.tokenizer import Tokenizer
 from .tree import Sequence, TreeBatch, build_trees
 
 if TYPE_CHECKING:
     from .generation import Generation
 
-__all__ = ["LlavaModel", "NUMPY_DTYPE", "sequence_sums"]
+__all__ = ["LlavaModel", "Dtype", "NUMPY_DTYPE", "sequence_sums"]
 
+Dtype: TypeAlias = Literal["f32", "f64"]
 NUMPY_DTYPE = {"f32": np.float32, "f64": np.float64}
 
 
@@ -48,13 +51,13 @@ class LlavaModel:
         FormatError: missing, surplus or misshapen tensors (all of them are named).
     """
 
-    def __init__(self, config: LlavaConfig, tensors: Mapping[str, np.ndarray], *, dtype: str = "f32", tokenizer: Tokenizer | None = None,
+    def __init__(self, config: LlavaConfig, tensors: Mapping[str, np.ndarray], *, dtype: Dtype = "f32", tokenizer: Tokenizer | None = None,
                  image_processor: ImageProcessor | None = None) -> None:
         if dtype not in NUMPY_DTYPE:
             raise ConfigError(f"dtype is {dtype!r}, supported: {', '.join(NUMPY_DTYPE)}", field="dtype")
         self.config = config
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self._tokenizer = tokenizer
+        self._image_processor = image_processor
         self.lora: dict[str, LoraConfig] = {}
         self.adapters_enabled = True
         self.core = stllava_c.Model(config.core_config(), dtype=dtype)
@@ -64,7 +67,7 @@ class LlavaModel:
     # ---- loading and saving ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None, *, dtype: str = "f32",
+    def from_pretrained(cls, path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None, *, dtype: Dtype = "f32",
                         vision_tower: str | os.PathLike[str] | None = None) -> Self:
         """Reads a checkpoint directory: full (merged or sharded), or adapters on `model_base`.
 
@@ -95,7 +98,7 @@ class LlavaModel:
             return ImageProcessor.from_pretrained(tower, aspect=config.image_aspect_ratio)
         return ImageProcessor(size=config.vision.image_size, aspect=config.image_aspect_ratio)
 
-    def save_pretrained(self, path: str | os.PathLike[str], *, format: str = "safetensors", shard_size: int = 5 * 10**9) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9) -> None:
         """Writes a directory that `from_pretrained` reads back bit for bit; whatever fails, it is the old one or the new one.
 
         A model with adapters saves adapters, projector and configuration, as LLaVA's LoRA training does, for use with the same base;
@@ -110,7 +113,7 @@ class LlavaModel:
         with atomic_directory(path) as temporary:
             self.write_files(temporary, format=format, shard_size=shard_size)
 
-    def write_files(self, directory_: str | os.PathLike[str], *, format: str = "safetensors", shard_size: int = 5 * 10**9) -> None:
+    def write_files(self, directory_: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9) -> None:
         """The files of `save_pretrained` into an existing directory, for those who add their own."""
         if self.lora:
             lora = self.lora_tensors()
@@ -120,10 +123,10 @@ class LlavaModel:
                                     (self.lora.get("llm"), self.lora.get("vit")), format=format)
         else:
             directory.write_full(directory_, self.config, self.tensors(), shard_size=shard_size, format=format)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory_)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(directory_)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(directory_)
+        if self._image_processor is not None:
+            self._image_processor.save_pretrained(directory_)
 
     def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
         wanted = self.tensor_infos()
@@ -139,10 +142,28 @@ class LlavaModel:
         for name, array in tensors.items():
             self.core.bind(name, np.ascontiguousarray(array, NUMPY_DTYPE[self.dtype]))
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError where the model was made without one (`has_tokenizer`)."""
+        if self._tokenizer is None:
+            raise ConfigError("the model has no tokenizer; pass ids, or load it from a directory with tokenizer.model", field="tokenizer")
+        return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """Raises ConfigError where the model was made without one, as a decoder alone is."""
+        if self._image_processor is None:
+            raise ConfigError("the model has no image processor; pass preprocessed (3, S, S) float arrays", field="image_processor")
+        return self._image_processor
+
     # ---- tensors and what trains -------------------------------------------------------------------------------------
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Dtype:
         return self.core.dtype
 
     def tensor_infos(self) -> dict[str, stllava_c.TensorInfo]:
@@ -150,7 +171,7 @@ class LlavaModel:
         return {info.name: info for info in self.core.tensors()}
 
     def trainable_slices(self) -> dict[str, slice]:
-        """Where each training tensor lies in the flat buffers (`core.theta`, `core.grad`, optimiser moments), in their order."""
+        """Where each training tensor lies in the flat buffers (`theta`, `grad`, optimiser moments), in their order."""
         infos = sorted((info for info in self.core.tensors() if info.offset >= 0), key=lambda info: info.offset)
         return {info.name: slice(info.offset, info.offset + info.size) for info in infos}
 
@@ -167,6 +188,19 @@ class LlavaModel:
     def lora_tensors(self) -> dict[str, np.ndarray]:
         """Adapter tensors, zero-copy."""
         return {name: array for name, array in self.named_parameters() if names.is_lora(name)}
+
+    @property
+    def theta(self) -> np.ndarray:
+        """(n_trainable,) values of what trains, zero-copy: `core.theta`, empty where nothing trains."""
+        return self._flat(self.core.theta)
+
+    @property
+    def grad(self) -> np.ndarray:
+        """(n_trainable,) gradients, zero-copy: `core.grad`, empty where nothing trains."""
+        return self._flat(self.core.grad)
+
+    def _flat(self, tensor: stllava_c.Tensor | None) -> np.ndarray:
+        return np.zeros(0, NUMPY_DTYPE[self.dtype]) if tensor is None else tensor.numpy()
 
     def set_trainable(self, wanted: Iterable[str]) -> None:
         """These tensors train, in this order; all others are frozen. Optimiser state refers to this order."""
@@ -229,8 +263,7 @@ class LlavaModel:
             raise ConfigError(f"the {part} part has adapters already; merge_and_unload() them first")
         if not modules:
             raise ConfigError(f"no linear module of the {part} part matches target_modules {sorted(config.target_modules or ())}")
-        run, self.run = self.run, None
-        del run  # adapters change the model's tables; runs made before are of no use
+        del self.run  # adapters change the model's tables; runs made before are of no use
         for module in modules:
             self.core.add_lora(module, config.rank(module), config.scaling(module), config.lora_dropout)
         self.run = stllava_c.Run(self.core)
@@ -264,18 +297,16 @@ class LlavaModel:
         merged = dict(self.tensors())
         for module in {names.lora_module(name) for name in self.lora_tensors()}:
             merged[f"{module}.weight"] = self.core.effective_weight(module).reshape(merged[f"{module}.weight"].shape)
-        return type(self)(self.config, merged, dtype=self.dtype, tokenizer=self.tokenizer, image_processor=self.image_processor)
+        return type(self)(self.config, merged, dtype=self.dtype, tokenizer=self._tokenizer, image_processor=self._image_processor)
 
     # ---- computing ---------------------------------------------------------------------------------------------------
 
-    def pixels(self, images: Iterable[object]) -> np.ndarray:
+    def pixels(self, images: Iterable[Picture]) -> np.ndarray:
         """(n, 3, S, S) of the model's dtype from anything `ImageProcessor` takes, or from preprocessed (3, S, S) arrays."""
         rows = []
         for image in images:
             if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim == 3 and image.shape[0] == 3:
                 rows.append(image)
-            elif self.image_processor is None:
-                raise ValueError("the model has no image processor; pass preprocessed (3, S, S) float arrays")
             else:
                 rows.append(self.image_processor(image))
         return np.ascontiguousarray(np.stack(rows), NUMPY_DTYPE[self.dtype])
@@ -285,7 +316,7 @@ class LlavaModel:
         trees = sequences if isinstance(sequences, TreeBatch) else build_trees(sequences, share=share)
         return trees, stllava_c.Batch(self.core, **trees.core_arguments())
 
-    def logps(self, sequences: Iterable[Sequence], pixels: Mapping[object, np.ndarray] | None = None, *, share: bool = True) -> np.ndarray:
+    def logps(self, sequences: Iterable[Sequence], pixels: Mapping[Any, np.ndarray] | None = None, *, share: bool = True) -> NDArray[np.float64]:
         """Summed log-probability of each sequence's targets, in input order, (n,) float64. pixels: image key -> (3, S, S)."""
         trees, batch = self.batch(sequences, share=share)
         values = self.run.forward(batch, pixels=self._stack(trees, pixels), adapters=self.adapters_enabled)
@@ -297,33 +328,35 @@ class LlavaModel:
         self.run.forward(batch, pixels=self.pixels(images) if images else None, adapters=self.adapters_enabled)
         return self.run.logits(np.arange(batch.n_rows))
 
-    def _stack(self, trees: TreeBatch, pixels: Mapping[object, np.ndarray] | None) -> np.ndarray | None:
+    def _stack(self, trees: TreeBatch, pixels: Mapping[Any, np.ndarray] | None) -> np.ndarray | None:
         if not trees.image_keys:
             return None
+        if pixels is None:
+            raise ValueError(f"the sequences name {len(trees.image_keys)} images, but no pixels are given")
         return np.ascontiguousarray(np.stack([pixels[key] for key in trees.image_keys]), NUMPY_DTYPE[self.dtype])
 
-    def encode_images(self, images: Iterable[object]) -> np.ndarray:
+    def encode_images(self, images: Iterable[Picture]) -> np.ndarray:
         """Projected image features, (n, tokens_per_image, hidden_size)."""
         pixels = self.pixels(images)
         return self.run.encode(pixels, adapters=self.adapters_enabled).reshape(len(pixels), self.core.tokens_per_image, -1)
 
-    def score(self, prompt: str, answers: Seq[str], images: Seq[object] = ()) -> np.ndarray:
+    def score(self, prompt: str, answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
         """Summed log-probability of each answer after the prompt, (len(answers),) float64; the prompt is computed once."""
         from .generation import score
         return score(self, prompt, answers, images)
 
-    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[object] | None = None, **options: Any) -> list[list[Generation]]:
+    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[Picture | tuple[Picture, ...] | None] | None = None, **options: Any) -> list[list[Generation]]:
         """Continuations of each prompt: see :func:`stllava.generation.generate`."""
         from .generation import generate
         return generate(self, prompts, images, **options)
 
-    def chat(self, messages: Seq[Mapping[str, str]], images: Seq[object] = (), **options: Any) -> str:
+    def chat(self, messages: Seq[Mapping[str, str]], images: Seq[Picture] = (), **options: Any) -> str:
         """The assistant's answer to a conversation: see :func:`stllava.generation.chat`."""
         from .generation import chat
         return chat(self, messages, images, **options)
 
 
-def sequence_sums(batch: stllava_c.Batch, values: np.ndarray) -> np.ndarray:
+def sequence_sums(batch: stllava_c.Batch, values: np.ndarray) -> NDArray[np.float64]:
     """Sum of `values` (n_targets,) over each sequence's targets, (n_sequences,); 0 for a sequence without targets."""
     begin, counts = batch.sequence_begin[:-1], np.diff(batch.sequence_begin)
     sums = np.zeros(batch.n_sequences)

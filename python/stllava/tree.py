@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
@@ -42,21 +44,21 @@ class TreeBatch:
     ``order[i]`` is the sequence (leaf) number of input sequence ``i``; ``image_keys[j]`` is the picture the core knows as image ``j``.
     """
 
-    parent: np.ndarray
-    begin: np.ndarray
-    ids: np.ndarray
-    labels: np.ndarray
-    sample: np.ndarray
-    image: np.ndarray
+    parent: NDArray[np.int32]
+    begin: NDArray[np.int64]
+    ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    sample: NDArray[np.uint64]
+    image: NDArray[np.int32]
     image_keys: list[Hashable]
-    order: np.ndarray
+    order: NDArray[np.int32]
 
     @property
     def n_tokens(self) -> int:
         """Tokens after sharing, before images are expanded."""
         return int(self.begin[-1])
 
-    def core_arguments(self) -> dict:
+    def core_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``stllava_c.Batch`` besides the model."""
         return dict(parent=self.parent, begin=self.begin, ids=self.ids, labels=self.labels, sample=self.sample, image=self.image,
                     n_images=len(self.image_keys))
@@ -89,11 +91,7 @@ def build_trees(sequences: Iterable[Sequence], *, share: bool = True, groups: Se
     if not items:
         raise ValueError("build_trees: no sequences given")
     image_number: dict[Hashable, int] = {}
-    ids, labels, images, keys = [], [], [], []
-    for i, item in enumerate(items):
-        row = _read(i, item, image_number)
-        for column, value in zip((ids, labels, images, keys), row, strict=True):
-            column.append(value)
+    ids, labels, images, keys = zip(*(_read(i, item, image_number) for i, item in enumerate(items)), strict=True)
 
     roots: dict[Hashable, _Node] = {}
     for i, key in enumerate(keys):
@@ -132,7 +130,7 @@ def _below(node: _Node) -> list[_Node]:
     return [*node.children.values(), *node.leaves]
 
 
-def _read(i: int, item: Sequence, image_number: dict[Hashable, int]):
+def _read(i: int, item: Sequence, image_number: dict[Hashable, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """ids, labels, image per token, and one 64-bit key per token that is equal exactly when all three are."""
     ids = np.asarray(item.ids, np.int32)
     if ids.ndim != 1 or ids.size == 0:
@@ -150,7 +148,7 @@ def _read(i: int, item: Sequence, image_number: dict[Hashable, int]):
     return ids, labels, image, key
 
 
-def _insert(node: _Node, i: int, key: np.ndarray, keys: list[np.ndarray]) -> None:
+def _insert(node: _Node, i: int, key: np.ndarray, keys: Seq[np.ndarray]) -> None:
     """Walks down as far as sequence i agrees. Its last token is never shared, so that every sequence ends in a leaf of its own."""
     at, last = 0, key.size - 1
     while True:
@@ -176,7 +174,7 @@ def _insert(node: _Node, i: int, key: np.ndarray, keys: list[np.ndarray]) -> Non
         node, at = child, at + common
 
 
-def _split(node: _Node, child: _Node, common: int, keys: list[np.ndarray]) -> None:
+def _split(node: _Node, child: _Node, common: int, keys: Seq[np.ndarray]) -> None:
     """Puts a node holding the first `common` tokens of child between node and child."""
     middle = _Node(child.source, child.begin, child.begin + common)
     node.children[int(keys[child.source][child.begin])] = middle

@@ -167,6 +167,21 @@ def test_chat_score_and_stream():
         model.chat([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
 
 
+def test_what_a_model_was_made_without_is_named():
+    model = LlavaModel(config(), fresh_weights(config(), 0))
+    assert not model.has_tokenizer and not model.theta.size and not model.grad.size
+    with pytest.raises(ConfigError, match="has no tokenizer; pass ids"):
+        model.chat([{"role": "user", "content": "a"}])
+    with pytest.raises(ConfigError, match="has no image processor; pass preprocessed"):
+        model.encode_images([picture()])
+    with pytest.raises(ValueError, match="name 1 images, but no pixels are given"):
+        model.logps([Sequence([1, -200, 7], [-100, -100, 7], ("x",))])
+    with pytest.raises(ValueError, match="prompt 0 is a text, but the model has no tokenizer"):
+        model.generate(["a"], max_new_tokens=1)
+    [[free]] = model.generate([[1, 306]], max_new_tokens=3)
+    assert len(free.ids) == 3 and free.text == ""
+
+
 def test_encode_images_gives_the_features_a_forward_uses():
     model = adapted()
     features = model.encode_images([picture(0), picture(1)])

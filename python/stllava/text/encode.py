@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, overload
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from stllava.conversation import Conversation, ConversationError, Segment
 from stllava.text.tokenizer import Tokenizer
 
 
+@overload
+def tokenizer_image_token(prompt: str, tokenizer: Tokenizer, image_token_index: int = ..., return_tensors: None = None) -> list[int]: ...
+@overload
+def tokenizer_image_token(prompt: str, tokenizer: Tokenizer, image_token_index: int = ..., *, return_tensors: Literal["np"]) -> np.ndarray: ...
 def tokenizer_image_token(
     prompt: str,
     tokenizer: Tokenizer,
