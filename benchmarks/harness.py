@@ -162,8 +162,7 @@ def main(name: str, rows: dict[str, Callable[[], Iterable[Row]]]) -> None:
     for key in chosen:
         print(f"{key} ...", flush=True)
         result.extend(rows[key]())
-    BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / f"{name}.json").write_text(json.dumps([asdict(row) for row in result], indent=1) + "\n")
+        (BUILD / f"{name}.json").write_text(json.dumps([asdict(row) for row in result], indent=1) + "\n")  # at once: the next may take minutes
     _print(result)
 
 
