@@ -31,8 +31,9 @@ static real *logits_of(stv_exec *x, const stv_generator *g, stv_decoder_head *he
 }
 
 /* All active continuations, one row each, through the same layers as any other pass. */
-static void decode(stv_exec *x, stv_generator *g)
+static void decode(stv_exec *x, void *context)
 {
+    stv_generator *g = context;
     const stv_decoder_config *c = &g->model->config.decoder;
     stv_decoder_pass *pass = &g->pass->decoder;
     int64_t n = g->n_active, V = c->vocab_size;
@@ -78,25 +79,16 @@ static void draw(void *arg, int64_t i_task, int i_worker)
     g->draw_logp[i_task] = logits[token] - logits[best] - log(sum);
 }
 
-static void draw_all(stv_exec *x, stv_generator *g)
+static void draw_all(stv_exec *x, void *context)
 {
+    stv_generator *g = context;
     size_t n = (size_t)stv_pool_n_threads(x->pool) * (size_t)g->model->config.decoder.vocab_size;
     draw_args args = {g, stv_arena_alloc(x->arena, n * sizeof(double)), stv_arena_alloc(x->arena, n * sizeof(double)),
                       stv_arena_alloc(x->arena, n * sizeof(int32_t))};
     if (!stv_measuring(x)) stv_pool_run(x->pool, g->n_active, draw, &args);
 }
 
-static stv_status in_arena(stv_generator *g, void (*body)(stv_exec *, stv_generator *))
-{
-    stv_arena measuring;
-    stv_arena_init_measuring(&measuring);
-    stv_exec x = {g->model->context->pool, &measuring};
-    body(&x, g);
-    STV_TRY(stv_arena_reserve(&g->arena, measuring.peak));
-    x.arena = &g->arena;
-    body(&x, g);
-    return stv_check_stopped("generator");
-}
+static stv_status in_arena(stv_generator *g, stv_exec_body *body) { return stv_exec_run(g->model->context->pool, &g->arena, body, g, "generator"); }
 
 static bool ends(const stv_generator *g, int32_t token)
 {
@@ -190,8 +182,10 @@ static bool allocate(stv_generator *g, const stv_generate_options *o)
     return g->eos_ids && g->seeds && g->finished && g->active && g->next_token && g->draw_logp && g->draw_token && g->logits && g->cache;
 }
 
-static void prefill(stv_exec *x, stv_generator *g, const stv_batch *batch)
+static void prefill(stv_exec *x, void *context)
 {
+    stv_generator *g = context;
+    const stv_batch *batch = g->pass->batch;
     int64_t V = g->model->config.decoder.vocab_size;
     stv_decoder_head head = {.row = batch->sequence_last_row, .n = batch->view.n_sequences};
     stv_llava_rows(x, g->pass);
@@ -226,15 +220,7 @@ static stv_status start(stv_generator *g, const stv_batch *batch, const stv_gene
     STV_TRY(stv_llava_create(&g->pass, g->model));
     STV_TRY(stv_llava_init(g->pass, batch, &g->forward));
     g->pass->decoder.cache = &g->cache->rows;
-
-    stv_arena measuring;
-    stv_arena_init_measuring(&measuring);
-    stv_exec x = {g->model->context->pool, &measuring};
-    prefill(&x, g, batch);
-    STV_TRY(stv_arena_reserve(&g->arena, measuring.peak));
-    x.arena = &g->arena;
-    prefill(&x, g, batch);
-    STV_TRY(stv_check_stopped("generator"));
+    STV_TRY(in_arena(g, prefill));
     return reserve_steps(g);
 }
 

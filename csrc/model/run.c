@@ -44,7 +44,7 @@ typedef struct job {
     int64_t n_images, n_tokens;
 } job;
 
-typedef void job_body(stv_exec *x, stv_llava_pass *pass, const job *job);
+typedef void pass_body(stv_exec *x, stv_llava_pass *pass);
 
 static stv_status init(stv_run *run, stv_llava_pass *pass, const job *job)
 {
@@ -55,18 +55,19 @@ static stv_status init(stv_run *run, stv_llava_pass *pass, const job *job)
     if (job->projector_in) {
         pass->projector.n_images = job->n_images;
         pass->projector.n_tokens = job->n_tokens;
+        pass->projector.in = job->projector_in;
     }
     return STV_OK;
 }
 
-static stv_status measure(size_t *bytes, stv_run *run, const job *job, job_body *forward, job_body *backward)
+static stv_status measure(size_t *bytes, stv_run *run, const job *job, pass_body *forward, pass_body *backward)
 {
     stv_arena arena;
     stv_arena_init_measuring(&arena);
     stv_exec x = {run->model->context->pool, &arena};
     STV_TRY(init(run, run->plan, job));
-    forward(&x, run->plan, job);
-    if (job->options->train) backward(&x, run->plan, job);
+    forward(&x, run->plan);
+    if (job->options->train) backward(&x, run->plan);
     *bytes = arena.peak;
     return STV_OK;
 }
@@ -80,7 +81,7 @@ static void forget(stv_run *run)
     run->features = run->embeddings = run->vision_features = run->vision_pooled = run->projector_output = NULL;
 }
 
-static stv_status perform(stv_run *run, const job *job, job_body *forward, job_body *backward)
+static stv_status perform(stv_run *run, const job *job, pass_body *forward, pass_body *backward)
 {
     size_t bytes;
     forget(run);
@@ -88,7 +89,7 @@ static stv_status perform(stv_run *run, const job *job, job_body *forward, job_b
     STV_TRY(stv_arena_reserve(&run->arena, bytes));
     STV_TRY(init(run, run->pass, job));
     stv_exec x = {run->model->context->pool, &run->arena};
-    forward(&x, run->pass, job);
+    forward(&x, run->pass);
     return stv_check_stopped("forward");
 }
 
@@ -120,17 +121,7 @@ static stv_status begin_backward(stv_run *run, stv_run_holds holds, const char *
 
 /* ---- a batch ------------------------------------------------------------------------------------------------------------- */
 
-static void batch_forward(stv_exec *x, stv_llava_pass *pass, const job *job)
-{
-    (void)job;
-    stv_llava_forward(x, pass);
-}
-
-static void batch_backward(stv_exec *x, stv_llava_pass *pass, const job *job)
-{
-    (void)job;
-    stv_llava_backward(x, pass, NULL);
-}
+static void batch_backward(stv_exec *x, stv_llava_pass *pass) { stv_llava_backward(x, pass, NULL); }
 
 static stv_status check_finite(const stv_batch_view *view, const double *logp)
 {
@@ -147,7 +138,7 @@ stv_status STV_TYPED(stv_run_forward)(stv_run *run, const stv_batch *batch, cons
 {
     STV_TRY(stv_inputs_check(run->model, batch, options));
     job job = {.batch = batch, .options = options};
-    STV_TRY(perform(run, &job, batch_forward, batch_backward));
+    STV_TRY(perform(run, &job, stv_llava_forward, batch_backward));
     STV_TRY(check_finite(&batch->view, run->pass->logp));
     hold(run, STV_RUN_BATCH, options->train);
     run->logp = run->pass->logp;
@@ -169,15 +160,24 @@ stv_status STV_TYPED(stv_run_estimate)(stv_run *run, const stv_batch *batch, con
 {
     STV_TRY(stv_inputs_check(run->model, batch, options));
     job job = {.batch = batch, .options = options};
-    return measure(bytes, run, &job, batch_forward, batch_backward);
+    return measure(bytes, run, &job, stv_llava_forward, batch_backward);
 }
 
-static void logits_forward(stv_exec *x, real *out, const stv_llava_pass *pass, const int64_t *rows, int64_t n)
+typedef struct logits_call {
+    const stv_llava_pass *pass;
+    const int64_t *rows;
+    int64_t n;
+    real *out; /* (n,V) */
+} logits_call;
+
+static void logits_forward(stv_exec *x, void *context)
 {
+    const logits_call *call = context;
+    const stv_llava_pass *pass = call->pass;
     const stv_decoder_config *c = &pass->model->config.decoder;
-    stv_decoder_head head = {.row = rows, .n = n};
+    stv_decoder_head head = {.row = call->rows, .n = call->n};
     stv_decoder_head_forward(x, &head, &pass->weights, pass->stream);
-    stv_matmul_nt(x, out, head.h, stv_weight(&pass->weights, pass->model->decoder.head), n, c->vocab_size, c->hidden_size, false);
+    stv_matmul_nt(x, call->out, head.h, stv_weight(&pass->weights, pass->model->decoder.head), call->n, c->vocab_size, c->hidden_size, false);
 }
 
 stv_status STV_TYPED(stv_run_logits)(stv_run *run, const int64_t *rows, int64_t n, void *out)
@@ -187,23 +187,10 @@ stv_status STV_TYPED(stv_run_logits)(stv_run *run, const int64_t *rows, int64_t 
     for (int64_t i = 0; i < n; i++)
         if (rows[i] < 0 || rows[i] >= n_rows)
             return stv_fail(STV_ERR_ARGUMENT, "logits: rows[%lld] is %lld, want 0..%lld", (long long)i, (long long)rows[i], (long long)n_rows - 1);
-    stv_arena measuring;
-    stv_arena_init_measuring(&measuring);
-    stv_exec x = {run->model->context->pool, &measuring};
-    logits_forward(&x, out, run->pass, rows, n);
-    STV_TRY(stv_arena_reserve(&run->side, measuring.peak));
-    x.arena = &run->side;
-    logits_forward(&x, out, run->pass, rows, n);
-    return stv_check_stopped("logits");
+    return stv_exec_run(run->model->context->pool, &run->side, logits_forward, &(logits_call){run->pass, rows, n, out}, "logits");
 }
 
 /* ---- images alone -------------------------------------------------------------------------------------------------------- */
-
-static void encode_forward(stv_exec *x, stv_llava_pass *pass, const job *job)
-{
-    (void)job;
-    stv_llava_encode(x, pass);
-}
 
 stv_status STV_TYPED(stv_run_encode)(stv_run *run, const stv_forward_options *options, void *features)
 {
@@ -212,23 +199,15 @@ stv_status STV_TYPED(stv_run_encode)(stv_run *run, const stv_forward_options *op
     only_pixels.features = NULL;
     STV_TRY(stv_inputs_check_images(run->model, &only_pixels, STV_PART_VISION | STV_PART_PROJECTOR, false));
     job job = {.options = &only_pixels};
-    STV_TRY(perform(run, &job, encode_forward, NULL));
+    STV_TRY(perform(run, &job, stv_llava_encode, NULL));
     int64_t n = options->n_images * stv_model_tokens_per_image(run->model), D = run->model->config.projector.out_size;
     memcpy(features, run->pass->features, (size_t)(n * D) * sizeof(real));
     return STV_OK;
 }
 
-static void vision_forward(stv_exec *x, stv_llava_pass *pass, const job *job)
-{
-    (void)job;
-    pass->features = stv_vision_forward(x, &pass->vision);
-}
+static void vision_forward(stv_exec *x, stv_llava_pass *pass) { pass->features = stv_vision_forward(x, &pass->vision); }
 
-static void vision_backward(stv_exec *x, stv_llava_pass *pass, const job *job)
-{
-    (void)job;
-    stv_vision_backward(x, &pass->vision, NULL);
-}
+static void vision_backward(stv_exec *x, stv_llava_pass *pass) { stv_vision_backward(x, &pass->vision, NULL); }
 
 stv_status STV_TYPED(stv_run_vision_forward)(stv_run *run, const stv_forward_options *options, bool all_layers)
 {
@@ -259,19 +238,19 @@ stv_status STV_TYPED(stv_run_vision_backward)(stv_run *run, const void *dfeature
 
 /* ---- the projector alone ------------------------------------------------------------------------------------------------- */
 
-static void projector_forward(stv_exec *x, stv_llava_pass *pass, const job *job)
+/* On a copy of the input, which backward reads when the caller's is gone. */
+static void projector_forward(stv_exec *x, stv_llava_pass *pass)
 {
-    int64_t n = job->n_images * job->n_tokens * pass->model->config.projector.in_size;
+    int64_t n = pass->projector.n_images * pass->projector.n_tokens * pass->model->config.projector.in_size;
     real *in = stv_reals(x, n, 1);
-    stv_copy(x, in, job->projector_in, n);
+    stv_copy(x, in, pass->projector.in, n);
     pass->projector.in = in;
     pass->features = stv_projector_forward(x, &pass->projector);
 }
 
-static void projector_backward(stv_exec *x, stv_llava_pass *pass, const job *job)
+static void projector_backward(stv_exec *x, stv_llava_pass *pass)
 {
     real *din = stv_reals(x, 0, 0); /* the caller may want one; measured, nobody writes */
-    (void)job;
     stv_projector_backward(x, din, NULL, &pass->projector);
 }
 
