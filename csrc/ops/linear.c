@@ -119,25 +119,27 @@ static void lora_backward(stv_exec *x, real *din, const real *dy, const real *in
     stv_arena_release(x->arena, mark);
 }
 
-static void backward(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
-                     const stv_dropout *drop, bool add)
+/* What is left when din has dy W. */
+static void backward_after_din(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
+                               const stv_dropout *drop)
 {
     if (lin->dbias) bias_backward(x, lin->dbias, dy, rows, lin->n_out);
     if (lin->dweight) stv_matmul_tn(x, lin->dweight, dy, in, lin->n_out, lin->n_in, rows, true);
-    if (din) stv_matmul_nn(x, din, dy, lin->weight, rows, lin->n_in, lin->n_out, add);
     if (lin->lora.rank > 0) lora_backward(x, din, dy, in, u, lin, rows, drop);
 }
 
 void stv_linear_backward(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
                          const stv_dropout *drop)
 {
-    backward(x, din, dy, in, u, lin, rows, drop, false);
+    if (din) stv_matmul_nn(x, din, dy, lin->weight, rows, lin->n_in, lin->n_out, false);
+    backward_after_din(x, din, dy, in, u, lin, rows, drop);
 }
 
 void stv_linear_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
                              const stv_dropout *drop)
 {
-    backward(x, din, dy, in, u, lin, rows, drop, true);
+    if (din) stv_matmul_nn(x, din, dy, lin->weight, rows, lin->n_in, lin->n_out, true);
+    backward_after_din(x, din, dy, in, u, lin, rows, drop);
 }
 
 void stv_linear_merge(stv_exec *x, real *merged, const stv_linear *lin)

@@ -123,11 +123,34 @@ static int by_value(const void *a, const void *b)
     return x->pair < y->pair ? -1 : x->pair > y->pair;
 }
 
-/* aot: policy margins and reference margins, each sorted, matched by rank. aot_unpaired: chosen and rejected log-ratios likewise. */
-static void of_ranks(stv_loss_type type, double *per_pair, double *dchosen, double *drejected, double weight, ranked *a, ranked *b,
-                     const stv_preference_config *c, const stv_preference_input *in)
+/* What every loss type of a call sees, and adds to. */
+typedef struct losses {
+    const stv_preference_config *config;
+    const stv_preference_input *in;
+    double *dchosen, *drejected; /* (n_pairs) */
+    ranked *ranks;               /* (2,n_pairs) scratch */
+} losses;
+
+static void add_pairs(const losses *l, stv_loss_type type, double *per_pair, double weight)
 {
+    const stv_preference_input *in = l->in;
+    for (int64_t i = 0; i < in->n_pairs; i++) {
+        double slope_c, slope_r;
+        double sc = score(in->policy_chosen[i] - (in->reference_chosen ? in->reference_chosen[i] : 0), l->config, &slope_c);
+        double sr = score(in->policy_rejected[i] - (in->reference_rejected ? in->reference_rejected[i] : 0), l->config, &slope_r);
+        term t = of_pair(type, sc, sr, in->chosen_tokens[i], in->rejected_tokens[i], l->config);
+        per_pair[i] = t.value;
+        l->dchosen[i] += weight / (double)in->n_pairs * t.dchosen * slope_c;
+        l->drejected[i] += weight / (double)in->n_pairs * t.drejected * slope_r;
+    }
+}
+
+/* aot: policy margins and reference margins, each sorted, matched by rank. aot_unpaired: chosen and rejected log-ratios likewise. */
+static void add_ranks(const losses *l, stv_loss_type type, double *per_pair, double weight)
+{
+    const stv_preference_input *in = l->in;
     int64_t n = in->n_pairs;
+    ranked *a = l->ranks, *b = l->ranks + n;
     for (int64_t i = 0; i < n; i++) {
         double rc = in->reference_chosen ? in->reference_chosen[i] : 0, rr = in->reference_rejected ? in->reference_rejected[i] : 0;
         a[i].pair = b[i].pair = i;
@@ -138,10 +161,24 @@ static void of_ranks(stv_loss_type type, double *per_pair, double *dchosen, doub
     qsort(b, (size_t)n, sizeof *b, by_value);
     for (int64_t i = 0; i < n; i++) {
         double dz;
-        per_pair[i] = of_margin(STV_LOSS_SIGMOID, c->beta * (a[i].value - b[i].value), c, &dz);
-        double d = weight * c->beta * dz;
-        dchosen[a[i].pair] += d;
-        drejected[type == STV_LOSS_AOT ? a[i].pair : b[i].pair] -= d;
+        per_pair[i] = of_margin(STV_LOSS_SIGMOID, l->config->beta * (a[i].value - b[i].value), l->config, &dz);
+        double d = weight / (double)n * l->config->beta * dz;
+        l->dchosen[a[i].pair] += d;
+        l->drejected[type == STV_LOSS_AOT ? a[i].pair : b[i].pair] -= d;
+    }
+}
+
+/* sft: one mean over all chosen tokens of the batch, the same number for every pair. */
+static void add_tokens(const losses *l, double *per_pair, double weight)
+{
+    double sum = 0, n_tokens = 0;
+    for (int64_t i = 0; i < l->in->n_pairs; i++) {
+        sum += l->in->policy_chosen[i];
+        n_tokens += l->in->chosen_tokens[i];
+    }
+    for (int64_t i = 0; i < l->in->n_pairs; i++) {
+        per_pair[i] = -sum / n_tokens;
+        l->dchosen[i] -= weight / n_tokens;
     }
 }
 
@@ -184,34 +221,17 @@ stv_status stv_preference_loss(double *loss, double *per_pair, double *dchosen, 
     if (!ranks) return stv_fail(STV_ERR_MEMORY, "preference loss: no memory for %lld pairs", (long long)n);
     *loss = 0;
     for (int64_t i = 0; i < n; i++) dchosen[i] = drejected[i] = 0;
-    double chosen_sum = 0, chosen_tokens = 0;
-    for (int64_t i = 0; i < n; i++) {
-        chosen_sum += in->policy_chosen[i];
-        chosen_tokens += in->chosen_tokens[i];
-    }
+    losses l = {.config = c, .in = in, .dchosen = dchosen, .drejected = drejected, .ranks = ranks};
     for (int64_t k = 0; k < c->n_losses; k++) {
-        double *row = per_pair + k * n, weight = c->weights[k] / (double)n, sum = 0;
-        stv_loss_type type = c->types[k];
-        if (type == STV_LOSS_AOT || type == STV_LOSS_AOT_UNPAIRED) {
-            of_ranks(type, row, dchosen, drejected, weight, ranks, ranks + n, c, in);
-        } else if (type == STV_LOSS_SFT) { /* one mean over all chosen tokens of the batch, the same number for every pair */
-            for (int64_t i = 0; i < n; i++) {
-                row[i] = -chosen_sum / chosen_tokens;
-                dchosen[i] -= c->weights[k] / chosen_tokens;
-            }
-        } else {
-            for (int64_t i = 0; i < n; i++) {
-                double slope_c, slope_r;
-                double sc = score(in->policy_chosen[i] - (c->reference_free ? 0 : in->reference_chosen[i]), c, &slope_c);
-                double sr = score(in->policy_rejected[i] - (c->reference_free ? 0 : in->reference_rejected[i]), c, &slope_r);
-                term t = of_pair(type, sc, sr, in->chosen_tokens[i], in->rejected_tokens[i], c);
-                row[i] = t.value;
-                dchosen[i] += weight * t.dchosen * slope_c;
-                drejected[i] += weight * t.drejected * slope_r;
-            }
+        double *row = per_pair + k * n, weight = c->weights[k], sum = 0;
+        switch (c->types[k]) {
+        case STV_LOSS_AOT:
+        case STV_LOSS_AOT_UNPAIRED: add_ranks(&l, c->types[k], row, weight); break;
+        case STV_LOSS_SFT: add_tokens(&l, row, weight); break;
+        default: add_pairs(&l, c->types[k], row, weight); break;
         }
         for (int64_t i = 0; i < n; i++) sum += row[i];
-        *loss += weight * sum;
+        *loss += weight / (double)n * sum;
     }
     stv_free(ranks);
     return STV_OK;
