@@ -76,26 +76,23 @@ static void backward_add(stv_exec *x, void *context)
 
 typedef struct dropping {
     real *y;
-    const real *in;
-    int64_t rows, n;
-    float p;
-    uint32_t module_id;
-    const stv_dropout *drop;
+    const layer *l;
 } dropping;
 
 static void apply_dropout(stv_exec *x, void *context)
 {
     dropping *d = context;
-    stv_dropout_apply(x, d->y, d->in, d->rows, d->n, d->p, d->module_id, d->drop);
+    const layer *l = d->l;
+    stv_dropout_apply(x, d->y, d->y, l->rows, l->lin.n_in, l->lin.lora.dropout, l->lin.lora.module_id, l->drop);
 }
 
 /* mask (rows,K) = keep / (1-p): dropout of ones. */
 static real *mask_of(const layer *l)
 {
     int64_t n = l->rows * l->lin.n_in;
-    real *ones = new_reals(n, 0), *mask = new_reals(n, 0);
-    for (int64_t i = 0; i < n; i++) ones[i] = 1;
-    check_exec(1, apply_dropout, &(dropping){mask, ones, l->rows, l->lin.n_in, l->lin.lora.dropout, l->lin.lora.module_id, l->drop});
+    real *mask = new_reals(n, 0);
+    for (int64_t i = 0; i < n; i++) mask[i] = 1;
+    check_exec(1, apply_dropout, &(dropping){mask, l});
     return mask;
 }
 
@@ -285,60 +282,6 @@ static void a_row_does_not_see_its_batch(void)
     }
 }
 
-/* ---- dropout ------------------------------------------------------------------------------------------------------------- */
-
-static void dropout_values(void)
-{
-    enum { ROWS = 60, N = 1001 };
-    static uint64_t sample[ROWS];
-    static int32_t position[ROWS];
-    for (int i = 0; i < ROWS; i++) sample[i] = (uint64_t)i, position[i] = i;
-    stv_dropout drop = {5, 6, sample, position};
-    real *in = new_reals(ROWS * N, 1), *y = new_reals(ROWS * N, 0), *threaded = new_reals(ROWS * N, 1);
-    const float p = 0.1f;
-    check_exec(1, apply_dropout, &(dropping){y, in, ROWS, N, p, 3, &drop});
-    int64_t n_kept = 0;
-    for (int64_t i = 0; i < ROWS * N; i++) {
-        real kept = in[i] * (real)(1 / (1 - (double)p));
-        CHECK(y[i] == 0 || y[i] == kept);
-        n_kept += y[i] != 0;
-    }
-    /* 60060 draws: standard deviation 0.0012. */
-    CHECK(fabs((double)n_kept / (ROWS * N) - 0.9) < 0.006);
-
-    /* In place, and in four threads: check_exec applies only once, because the measuring pass touches nothing. */
-    check_exec(4, apply_dropout, &(dropping){threaded, threaded, ROWS, N, p, 3, &drop});
-    CHECK_SAME_BITS("in place, four threads", threaded, y, ROWS * N * sizeof *y);
-    check_exec(1, apply_dropout, &(dropping){y, in, ROWS, N, p, 3, NULL});
-    CHECK_SAME_BITS("evaluation", y, in, ROWS * N * sizeof *y);
-    check_exec(1, apply_dropout, &(dropping){y, in, ROWS, N, 0, 3, &drop});
-    CHECK_SAME_BITS("p = 0", y, in, ROWS * N * sizeof *y);
-}
-
-static int compare_masks(const void *a, const void *b) { return memcmp(a, b, sizeof(uint64_t)); }
-
-/* Every field of the place matters, in its low and its high bits, and no two places of a grid share a mask. */
-static void dropout_places_are_distinct(void)
-{
-    enum { N = 64, N_VALUES = 7, N_PLACES = N_VALUES * N_VALUES * 3 * 3 * 3 };
-    static const uint64_t values[N_VALUES] = {0, 1, 2, 7, (uint64_t)1 << 32, ((uint64_t)1 << 32) + 1, ~(uint64_t)0};
-    static uint64_t masks[N_PLACES];
-    real *ones = new_reals(N, 0), *y = new_reals(N, 0);
-    for (int i = 0; i < N; i++) ones[i] = 1;
-    for (int place = 0; place < N_PLACES; place++) {
-        int rest = place;
-        uint64_t step = values[rest % N_VALUES], sample = values[(rest /= N_VALUES) % N_VALUES];
-        int32_t position = (rest /= N_VALUES) % 3;
-        uint32_t module_id = (uint32_t)((rest /= 3) % 3);
-        stv_dropout drop = {(uint64_t)(rest / 3), step, &sample, &position};
-        check_exec(1, apply_dropout, &(dropping){y, ones, 1, N, 0.5f, module_id, &drop});
-        masks[place] = 0;
-        for (int i = 0; i < N; i++) masks[place] |= (uint64_t)(y[i] != 0) << i;
-    }
-    qsort(masks, N_PLACES, sizeof *masks, compare_masks);
-    for (int i = 1; i < N_PLACES; i++) CHECK(masks[i] != masks[i - 1]);
-}
-
 static void steady_step_allocates_nothing(void)
 {
     layer l = make_layer((setup){50, 60, 70, 4, true, true});
@@ -368,8 +311,6 @@ static const check_case cases[] = {
     {"adapter identities", adapter_identities},
     {"merged equals unmerged", merged_equals_unmerged},
     {"a row does not see its batch", a_row_does_not_see_its_batch},
-    {"dropout values", dropout_values},
-    {"dropout places are distinct", dropout_places_are_distinct},
     {"steady step allocates nothing", steady_step_allocates_nothing},
 };
 
