@@ -57,6 +57,8 @@ class Worker:
 
     def __init__(self, command: list[str], *args: str, threads: int = 1) -> None:
         self.name = " ".join(args)
+        if not Path(command[0]).exists():
+            raise SystemExit(f"{self.name}: no interpreter {command[0]}; `make bench` makes one, or let STLLAVA_PEERS name the full path of another")
         cores = sorted(os.sched_getaffinity(0))
         count = str(threads)
         env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
