@@ -15,7 +15,7 @@ from stllava.demo.questions import CLOSED, OPEN
 from stllava.demo.summary import bars, structures, table_sha256
 
 if stllava_c.build_info()["sanitizers"]:
-    pytest.skip("two trainings that take most of an hour under AddressSanitizer; test_train_loop and test_selftrain make the same calls", allow_module_level=True)
+    pytest.skip("its two trainings take many minutes under AddressSanitizer; test_train_loop and test_selftrain make the same calls", allow_module_level=True)
 
 WHEELS = Path(__file__).parents[2] / "build" / "wheels"
 
