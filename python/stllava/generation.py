@@ -33,9 +33,9 @@ class Generation:
     finished: bool
 
 
-def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[Picture | tuple[Picture, ...] | None] | None = None, *, max_new_tokens: int = 1024,
-             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, num_return_sequences: int = 1, seeds: Seq[int] | None = None,
-             stop: Seq[str] = (), eos_token_id: int | Seq[int] | None = None, batch_size: int = 32,
+def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[Picture | tuple[Picture, ...] | None] | None = None, *,
+             max_new_tokens: int = 1024, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, num_return_sequences: int = 1,
+             seeds: Seq[int] | None = None, stop: Seq[str] = (), eos_token_id: int | Seq[int] | None = None, batch_size: int = 32,
              on_batch: Callable[[int], None] | None = None) -> list[list[Generation]]:
     """Continues every prompt.
 

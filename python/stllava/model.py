@@ -345,7 +345,8 @@ class LlavaModel:
         from .generation import score
         return score(self, prompt, answers, images)
 
-    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[Picture | tuple[Picture, ...] | None] | None = None, **options: Any) -> list[list[Generation]]:
+    def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[Picture | tuple[Picture, ...] | None] | None = None,
+                 **options: Any) -> list[list[Generation]]:
         """Continuations of each prompt: see :func:`stllava.generation.generate`."""
         from .generation import generate
         return generate(self, prompts, images, **options)

@@ -11,7 +11,7 @@ import numpy as np
 from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from stllava.conversation import ConversationError, as_template
 from stllava.images import ImageError, ImageProcessor
-from stllava.text.labels import build_sample
+from stllava.text.labels import Sample, build_sample
 from stllava.text.tokenizer import Tokenizer
 from stllava.tree import Sequence
 
@@ -62,14 +62,14 @@ class DPODataset:
         chosen, rejected = (self._sample(self.records[row], side) for side in ("chosen_conversations", "reject_conversations"))
         return sequence_of(chosen, image, row), sequence_of(rejected, image, row)
 
-    def pixels(self, key: str) -> np.ndarray:
+    def pixels(self, key: object) -> np.ndarray:
         return self._pictures(key)
 
     def ids(self, item: int) -> list[object]:
         """What messages call the pair: its "id", else its row."""
         return [self.records[self.rows[item]].get("id", self.rows[item])]
 
-    def _sample(self, record: dict[str, Any], side: str):
+    def _sample(self, record: dict[str, Any], side: str) -> Sample:
         has_image = record.get("image") is not None
         return build_sample(record[side], self.template, self.tokenizer, has_image=has_image,
                             max_length=text_budget(self.max_length, int(has_image), self.tokens_per_image))

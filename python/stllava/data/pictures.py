@@ -32,7 +32,7 @@ class Pictures:
         except FormatError as error:
             raise ImageError(str(error), path=self.folder) from error
 
-    def __call__(self, name: str) -> np.ndarray:
+    def __call__(self, name: object) -> np.ndarray:
         """(3, S, S) float32. Raises ImageError naming the file."""
         if not isinstance(name, str):
             raise ImageError(f"image {str(name)[:120]!r} is a {type(name).__name__}, want a file name")

@@ -62,7 +62,7 @@ class SFTDataset:
     def sequences(self, item: int, epoch: int) -> list[Sequence]:
         return [sequence_of(self.sample(row, epoch), self.records[row].get("image"), row) for row in self.items[item]]
 
-    def pixels(self, key: str) -> np.ndarray:
+    def pixels(self, key: object) -> np.ndarray:
         return self._pictures(key)
 
     def ids(self, item: int) -> list[object]:
@@ -72,7 +72,8 @@ class SFTDataset:
     def sample(self, row: int, epoch: int) -> Sample:
         """The sample as epoch `epoch` sees it."""
         record = self.records[row]
-        turns, has_image = _turns(record), record.get("image") is not None
+        turns: list[dict[str, Any]] = _turns(record)  # a list, or `_check` had left the record out
+        has_image = record.get("image") is not None
         switched = draw_switches(len(turns), self.sq_r, self.seed, epoch, record.get("id", row)) if has_image else set()
         return build_sample(turns, self.template, self.tokenizer, has_image=has_image, switched=switched,
                             max_length=text_budget(self.max_length, int(has_image), self.tokens_per_image))
@@ -95,7 +96,7 @@ class SFTDataset:
         return None
 
 
-def _turns(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+def _turns(record: dict[str, Any]) -> Any:
     return record.get("conversations", record.get("conversatons"))
 
 

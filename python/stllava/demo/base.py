@@ -110,7 +110,7 @@ class BaseDataset:
     def __len__(self) -> int:
         return len(self.items)
 
-    def pixels(self, key: str) -> np.ndarray:
+    def pixels(self, key: object) -> np.ndarray:
         return self.pictures(key)
 
     def sequences(self, item: int, epoch: int) -> list[Sequence]:

@@ -14,21 +14,17 @@ from stllava.tree import Sequence
 from .arguments import DPOConfig
 from .loop import Trainer
 from .numerics import explained
-from .sft import collate_sequences
+from .sft import PictureDataset, collate_sequences
 from .update import Micro
 
 __all__ = ["DPOObjective", "DPOTrainer", "PairDataset"]
 
 
-class PairDataset(Protocol):
-    """A method `ids(item)` may say what messages call the pair."""
-
-    def __len__(self) -> int: ...
+class PairDataset(PictureDataset, Protocol):
+    """What DPO trains on. An item is a pair."""
 
     def pair(self, item: int, epoch: int) -> tuple[Sequence, Sequence]:
         """(chosen, rejected), the same prompt."""
-
-    def pixels(self, key: object) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +112,12 @@ class DPOObjective:
             discopop_tau=args.discopop_tau, f_divergence=args.f_divergence_type, alpha=args.f_alpha_divergence_coef,
             reference_free=args.reference_free, policy_chosen=chosen, policy_rejected=rejected, chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens, **names)
-        mean_logits = np.split((sequence_sums(batch, run.mean_logit) / counts)[order], 2)
+        mean_logit = run.mean_logit
+        assert mean_logit is not None  # asked for above
+        chosen_logits, rejected_logits = np.split((sequence_sums(batch, mean_logit) / counts)[order], 2)
         return PairNumbers(loss, np.asarray(args.loss_weights or [1.0] * len(args.loss_types)) @ per_pair, chosen, rejected, *reference,
-                           args.beta * (chosen - reference[0]), args.beta * (rejected - reference[1]), *mean_logits, dchosen, drejected)
+                           args.beta * (chosen - reference[0]), args.beta * (rejected - reference[1]), chosen_logits, rejected_logits,
+                           dchosen, drejected)
 
     def backward(self, micro: Micro, pairs: PairNumbers, share: float) -> None:
         """Gradients of `share` times the loss."""
@@ -141,6 +140,8 @@ class DPOTrainer(Trainer):
     """Preference training on `PairDataset`s, e.g. :class:`stllava.data.dpo.DPODataset`. The model at construction is the reference."""
 
     Config = DPOConfig
+    args: DPOConfig
+    objective: DPOObjective
 
     def make_objective(self) -> DPOObjective:
         return DPOObjective(self.model, self.args)

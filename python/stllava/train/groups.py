@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import stllava_c
 from stllava.checkpoint import names as canonical
 from stllava.model import LlavaModel
 
@@ -43,17 +44,18 @@ def default_trainable(model: LlavaModel) -> list[str]:
 
 def parameter_groups(model: LlavaModel, trainable: list[str], args: TrainingArguments) -> ParameterGroups:
     """Sorts `trainable` into groups and makes it the model's trainable set."""
-    split_projector = bool(args.mm_projector_lr)
-    split_tower = split_projector and bool(args.vision_tower_lr)
+    rates = {"rest": args.learning_rate}
+    if args.mm_projector_lr:
+        rates["projector"] = args.mm_projector_lr
+        if args.vision_tower_lr:
+            rates["tower"] = args.vision_tower_lr
 
     def part(name: str) -> str:
-        if split_projector and canonical.is_projector(name):
-            return "projector"
-        return "tower" if split_tower and canonical.is_tower(name) else "rest"
+        own = "projector" if canonical.is_projector(name) else "tower" if canonical.is_tower(name) else "rest"
+        return own if own in rates else "rest"
 
-    rates = {"rest": args.learning_rate, "tower": args.vision_tower_lr, "projector": args.mm_projector_lr}
     kinds = [("rest", True), ("tower", True), ("rest", False), ("tower", False), ("projector", True), ("projector", False)]
-    kinds = [kind for kind in kinds if kind[0] == "rest" or (split_tower if kind[0] == "tower" else split_projector)]
+    kinds = [kind for kind in kinds if kind[0] in rates]
     groups = [[name for name in trainable if (part(name), _decays(name)) == kind] for kind in kinds]
     order = [name for group in groups for name in group]
     model.set_trainable(order)
@@ -68,7 +70,7 @@ def _decays(name: str) -> bool:
     return "bias" not in name and not _NORM.search(name)
 
 
-def _spans(infos: list) -> list[tuple[int, int]]:
+def _spans(infos: list[stllava_c.TensorInfo]) -> list[tuple[int, int]]:
     """Neighbouring tensors joined."""
     spans: list[tuple[int, int]] = []
     for info in infos:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 
-import numpy as np
-
 from stllava.errors import StllavaError
 from stllava.model import LlavaModel
 
@@ -33,15 +31,14 @@ class TrainingGuard:
         self._allow = allow
         self._where = {name: where for name, where in model.trainable_slices().items() if infos[name].influences}
         self._silent = set(self._where)
-        theta = model.core.theta
-        flat = theta.numpy() if theta is not None else np.zeros(0)
-        self._before = {name: zlib.crc32(flat[where].tobytes()) for name, where in self._where.items()}
+        theta = model.theta
+        self._before = {name: zlib.crc32(theta[where].tobytes()) for name, where in self._where.items()}
 
     def after_backward(self, step: int, total: int) -> None:
         """Looks at the gradients of update `step`; raises UntrainedError when patience is over."""
         if not self._silent:
             return
-        grad = self._model.core.grad.numpy()
+        grad = self._model.grad
         self._silent = {name for name in self._silent if not grad[self._where[name]].any()}
         late = _watched(self._silent, min(PATIENCE, total))
         if step + 1 == min(PATIENCE, total) and late:
@@ -51,7 +48,7 @@ class TrainingGuard:
         """Looks whether every tensor moved. One update at rate 0 (the first of a warm-up) moves nothing, so two are needed."""
         if updates < 2:
             return
-        theta = self._model.core.theta.numpy()
+        theta = self._model.theta
         still = [name for name in _watched(self._where, updates) if zlib.crc32(theta[self._where[name]].tobytes()) == self._before[name]]
         if still:
             self._fail(still, "did not move")

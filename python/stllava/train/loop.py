@@ -103,8 +103,8 @@ class Trainer:
         output_dir = Path(args.output_dir)
         atomic.recover(output_dir)
         self.before_training()
-        if checkpoint := find_checkpoint(output_dir, resume):
-            state = self.state = resume_checkpoint(checkpoint, self.updater, self.plan)
+        if found := find_checkpoint(output_dir, resume):
+            state = self.state = resume_checkpoint(found, self.updater, self.plan)
         log_file = output_dir / "log.jsonl"
         atomic.write_bytes(log_file, "".join(_line(row) for row in state.log_history).encode())  # rows after the checkpoint go
         first = state.global_step
@@ -217,7 +217,8 @@ class Trainer:
     def evaluate(self, dataset: Any = None) -> dict[str, float]:
         """eval_loss and the objective's metrics (``eval_`` prefix), weighted over the data set; then `compute_metrics`."""
         dataset = self.eval_dataset if dataset is None else dataset
-        total, weight, sums = 0.0, 0, {}
+        total, weight = 0.0, 0
+        sums: dict[str, float] = {}
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(dataset), size):
             items = [(item, 0) for item in range(start, min(start + size, len(dataset)))]

@@ -14,20 +14,24 @@ from .arguments import SFTConfig, TrainingArguments
 from .loop import Trainer
 from .update import Micro
 
-__all__ = ["SFTObjective", "SFTTrainer", "SequenceDataset", "collate_sequences"]
+__all__ = ["PictureDataset", "SFTObjective", "SFTTrainer", "SequenceDataset", "collate_sequences"]
 
 
-class SequenceDataset(Protocol):
-    """What SFT trains on. An item is one sample, or all samples of one image. A method `ids(item)` may say what messages call them."""
+class PictureDataset(Protocol):
+    """Items whose sequences name pictures. A method `ids(item)` may say what messages call an item."""
 
     def __len__(self) -> int: ...
-
-    def sequences(self, item: int, epoch: int) -> list[Sequence]: ...
 
     def pixels(self, key: object) -> np.ndarray: ...
 
 
-def collate_sequences(model: LlavaModel, sequences: Seq[Sequence], dataset: SequenceDataset, items: list[tuple[int, int]], *,
+class SequenceDataset(PictureDataset, Protocol):
+    """What SFT trains on. An item is one sample, or all samples of one image."""
+
+    def sequences(self, item: int, epoch: int) -> list[Sequence]: ...
+
+
+def collate_sequences(model: LlavaModel, sequences: Seq[Sequence], dataset: PictureDataset, items: list[tuple[int, int]], *,
                       share: bool) -> Micro:
     """Packs sequences and stacks the pictures they name."""
     trees, batch = model.batch(sequences, share=share)

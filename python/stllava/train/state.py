@@ -46,7 +46,7 @@ def save_checkpoint(directory: Path, updater: Updater, state: TrainerState, plan
 
 def _pieces(updater: Updater) -> Iterator[tuple[str, str, np.ndarray, slice]]:
     """(key in the file, tensor, flat buffer, its place there) of everything the optimiser works on."""
-    flats = {"param": updater.model.core.theta.numpy(), "exp_avg": updater.exp_avg, "exp_avg_sq": updater.exp_avg_sq}
+    flats = {"param": updater.model.theta, "exp_avg": updater.exp_avg, "exp_avg_sq": updater.exp_avg_sq}
     for name, where in updater.model.trainable_slices().items():
         for label, flat in flats.items():
             yield f"{label}.{name}", name, flat, where
@@ -67,7 +67,7 @@ def find_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | None:
     """A path as given; True (or "true"): the newest complete checkpoint of the output directory; "auto": the same, or None where there is none."""
     if not wanted:
         return None
-    if wanted not in (True, "true", "auto"):
+    if wanted is not True and wanted not in ("true", "auto"):
         return Path(wanted)
     newest = atomic.latest_complete(output_dir)
     if newest is None and wanted != "auto":

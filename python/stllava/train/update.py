@@ -101,7 +101,7 @@ class Updater:
         clip = min(1.0, self.args.max_grad_norm / (norm + 1e-6)) if self.args.max_grad_norm > 0 else 1.0
         problem = None
         if not math.isfinite(norm):
-            problem = f"the gradient's norm is {norm}: {shown(bad_tensors(self.model, self.model.core.grad.numpy())) or 'its square overflows'}"
+            problem = f"the gradient's norm is {norm}: {shown(bad_tensors(self.model, self.model.grad)) or 'its square overflows'}"
         elif not norm * clip <= math.sqrt(largest):  # no element is larger than the norm
             problem = f"the square of the gradient's norm {norm:g} is beyond {self.exp_avg.dtype}; set max_grad_norm"
         for name, moment in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
