@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import stllava_c
+
+if stllava_c.build_info()["sanitizers"]:
+    pytest.skip("every killed process starts anew, which takes many minutes under AddressSanitizer, and the core knows nothing of it", allow_module_level=True)
+
 HERE = Path(__file__).parent
 
 
