@@ -137,6 +137,22 @@ def dpo_trainer(model: LlavaModel, folder: Path, names: list[str]) -> Trainer:
     return DPOTrainer(model, DPOConfig(str(folder / "out"), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, disable_tqdm=True), data)
 
 
+def test_an_update_without_memory_is_not_counted(tmp_path, monkeypatch):
+    def without_memory(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    trainer = sft_trainer(tiny_model(), tmp_path, write_pictures(tmp_path))
+    updater = trainer.updater
+    updater.gradients(1, [trainer.objective.collate(trainer.train_dataset, items) for items in trainer.plan.update(1)])
+    updater.n_skipped_in_a_row = 1
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(stllava_c, "adamw_step", without_memory)
+        updater.apply(1)
+    assert (updater.n_updates, updater.n_skipped_in_a_row) == (0, 1)
+    updater.apply(1)
+    assert (updater.n_updates, updater.n_skipped_in_a_row) == (1, 0)
+
+
 @pytest.mark.parametrize("make", [sft_trainer, dpo_trainer])
 def test_training_step(tmp_path, make, amount):
     model = tiny_model()

@@ -84,10 +84,10 @@ class Updater:
         norm, clip, problem = self._check(ranges)
         if problem:
             raise failure(f"update {step}", problem, micros, self.model)
+        stllava_c.adamw_step(self.model.core, self.exp_avg, self.exp_avg_sq, ranges, beta1=self.args.adam_beta1, beta2=self.args.adam_beta2,
+                             eps=self.args.adam_epsilon, step=self.n_updates + 1, grad_scale=clip)
         self.n_updates += 1
         self.n_skipped_in_a_row = 0
-        stllava_c.adamw_step(self.model.core, self.exp_avg, self.exp_avg_sq, ranges, beta1=self.args.adam_beta1, beta2=self.args.adam_beta2,
-                             eps=self.args.adam_epsilon, step=self.n_updates, grad_scale=clip)
         return {"grad_norm": norm, "learning_rate": self.groups.base_lr[0] * multiplier,
                 "lr_groups": [lr * multiplier for lr in self.groups.base_lr]}
 
