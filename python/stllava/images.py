@@ -191,6 +191,8 @@ def _orientation(image: Image.Image) -> int:
     """1..8; 1 (upright) also where the EXIF block cannot be parsed, as viewers do."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001 - the block is a TIFF file of its own, with as many ways to be damaged
         return 1
     return value if value in range(1, 9) else 1

@@ -212,6 +212,15 @@ def test_orientation(kind: str, orientation: int) -> None:
     assert compat.notes == ([] if orientation == 1 else [f"EXIF orientation {orientation} ignored"])
 
 
+def test_no_memory_is_not_an_unreadable_exif(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_memory(image: Image.Image) -> Image.Exif:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "getexif", without_memory)
+    with pytest.raises(MemoryError):
+        load_image(encode(Image.fromarray(noise(6, 4)), "JPEG"))
+
+
 def test_unreadable_exif_counts_as_upright() -> None:
     file = with_chunk(encode(Image.fromarray(noise(4, 4))), b"eXIf", b"garbage")
     assert load_image(file).notes == []
