@@ -25,8 +25,8 @@ USE = "Research use only: not a medical device, not for diagnosis or treatment."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 an error of the user's data or settings (one line on stderr), 2 bad command line, 130 interrupted, 143 stopped by SIGTERM
-    after a checkpoint was written."""
+    """Exit codes: 0 done, 1 an error of the user's data or settings, or no memory (one line on stderr), 2 bad command line, 130 interrupted, 143 stopped
+    by SIGTERM after a checkpoint was written."""
     parser = argparse.ArgumentParser(prog="stllava", description=f"Self-training of medical vision-language models. {USE}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stllava: interrupted", file=sys.stderr)
         return 130
-    except (StllavaError, OSError, ValueError) as error:
-        print(f"stllava {args.verb}: {error}", file=sys.stderr)
+    except (StllavaError, OSError, ValueError, MemoryError) as error:
+        print(f"stllava {args.verb}: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
 
 

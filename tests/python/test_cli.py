@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
-from stllava.cli import main
+from stllava.cli import VERBS, main
+from stllava_c import _core
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,26 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith(f"stllava {arguments[0]}: ") and "Traceback" not in error
+
+
+def test_no_memory_is_one_line(capsys, model_dir, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path, 1)
+    words = ["ask", "--model_name_or_path", model_dir, "--image_folder", ".", "--out", "asked.jsonl"]
+    _core._fail_allocation(1, True)
+    try:
+        assert main(words) == 1
+    finally:
+        _core._fail_allocation(0)
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"stllava ask: .*no memory for [^\n]+\n", error)
+
+    def without_memory(args):
+        raise MemoryError  # as Python itself does, without a word
+
+    monkeypatch.setitem(VERBS, "doctor", (VERBS["doctor"][0], without_memory))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "stllava doctor: out of memory\n"
 
 
 def test_bad_flags_are_refused(capsys):
