@@ -1,8 +1,8 @@
 /* binding.h - what the files of the binding share. The binding translates: parse, borrow, release the GIL, call stllava.h, map the status.
  *
  *   module.c   init, state, context        tensor.c     memory with a shape: the buffer protocol
- *   errors.c   the only file that raises   model.c      tensors by name, adapters, the flat buffers, the lock
- *              for the core                batch.c run.c generator.c     one type each, all made from a model
+ *   errors.c   the only file that raises   model*.c     tensors by name, adapters, the flat buffers, the lock
+ *              for the core                batch.c run*.c generator.c    one type each, all made from a model
  *   ndarray.c  the only file that sees     forward.c    arguments that every forward shares
  *              NumPy's headers             train.c image.c               functions
  *   watched.c  signals in long calls
@@ -33,6 +33,9 @@ core_state *state_of(PyObject *object); /* of an instance of one of our types */
 extern PyType_Spec tensor_spec, model_spec, batch_spec, run_spec, generator_spec;
 extern PyStructSequence_Desc tensor_info_desc;
 extern PyMethodDef train_functions[], image_functions[];
+
+/* Function and flags of a PyMethodDef. */
+#define KEYWORDS(f) (PyCFunction)(void (*)(void))(f), METH_VARARGS | METH_KEYWORDS
 
 int convert_u64(PyObject *value, void *to); /* "O&" converter to uint64_t */
 /* A required keyword-only argument: -1 with TypeError when it was not given. */

@@ -254,7 +254,7 @@ static PyGetSetDef getset[] = {
 
 static PyMethodDef methods[] = {
     {"step", generator_step, METH_NOARGS, step_doc},
-    {"finish", (PyCFunction)(void (*)(void))generator_finish, METH_VARARGS | METH_KEYWORDS, finish_doc},
+    {"finish", KEYWORDS(generator_finish), finish_doc},
     {"logits", generator_logits, METH_NOARGS, logits_doc},
     {"close", generator_close, METH_NOARGS, close_doc},
     {NULL, NULL, 0, NULL},

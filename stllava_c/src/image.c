@@ -185,7 +185,6 @@ static PyObject *image_preprocess(PyObject *module, PyObject *args, PyObject *kw
     return raise_status(module_state(module), status);
 }
 
-#define KEYWORDS(f) (PyCFunction)(void (*)(void))(f), METH_VARARGS | METH_KEYWORDS
 PyMethodDef image_functions[] = {
     {"image_probe", KEYWORDS(image_probe), image_probe_doc},
     {"image_decode", KEYWORDS(image_decode), image_decode_doc},

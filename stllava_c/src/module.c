@@ -172,12 +172,12 @@ static PyObject *fill_uniform(PyObject *module, PyObject *args, PyObject *kwargs
 
 static PyMethodDef functions[] = {
     {"build_info", build_info, METH_NOARGS, build_info_doc},
-    {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads, METH_VARARGS | METH_KEYWORDS, set_num_threads_doc},
+    {"set_num_threads", KEYWORDS(set_num_threads), set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"allocations", allocations, METH_NOARGS, allocations_doc},
     {"_live_allocations", live_allocations, METH_NOARGS, live_allocations_doc},
-    {"_fail_allocation", (PyCFunction)(void (*)(void))fail_allocation, METH_VARARGS | METH_KEYWORDS, fail_allocation_doc},
-    {"fill_uniform", (PyCFunction)(void (*)(void))fill_uniform, METH_VARARGS | METH_KEYWORDS, fill_uniform_doc},
+    {"_fail_allocation", KEYWORDS(fail_allocation), fail_allocation_doc},
+    {"fill_uniform", KEYWORDS(fill_uniform), fill_uniform_doc},
     {NULL, NULL, 0, NULL},
 };
 

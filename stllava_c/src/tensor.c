@@ -374,8 +374,8 @@ static PyGetSetDef getset[] = {
 };
 
 static PyMethodDef methods[] = {
-    {"from_buffer", (PyCFunction)(void (*)(void))from_buffer, METH_VARARGS | METH_KEYWORDS | METH_CLASS, from_buffer_doc},
-    {"zeros", (PyCFunction)(void (*)(void))zeros, METH_VARARGS | METH_KEYWORDS | METH_CLASS, zeros_doc},
+    {"from_buffer", KEYWORDS(from_buffer) | METH_CLASS, from_buffer_doc},
+    {"zeros", KEYWORDS(zeros) | METH_CLASS, zeros_doc},
     {"numpy", tensor_numpy, METH_NOARGS, numpy_doc},
     {"free", tensor_free, METH_NOARGS, free_doc},
     {NULL, NULL, 0, NULL},

@@ -341,7 +341,6 @@ static PyObject *sampling_probabilities(PyObject *module, PyObject *args, PyObje
     return probabilities;
 }
 
-#define KEYWORDS(f) (PyCFunction)(void (*)(void))(f), METH_VARARGS | METH_KEYWORDS
 PyMethodDef train_functions[] = {
     {"preference_loss", KEYWORDS(preference_loss), preference_loss_doc},
     {"adamw_step", KEYWORDS(adamw_step), adamw_step_doc},
