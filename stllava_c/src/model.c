@@ -1,6 +1,5 @@
-/* model.c - Model: tensors by name, adapters, what trains, and the lock that everything made from it shares. */
-#include "binding.h"
-#include "model_config.h"
+/* model.c - Model: its life, its tensors by name, and the lock that everything made from it shares. */
+#include "model.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -70,8 +69,7 @@ int model_enter(model_object *self)
     return -1;
 }
 
-/* For calls that move memory: with the lock, no array or memoryview may look at it. */
-static int enter_unexported(model_object *self, const char *what)
+int model_enter_unexported(model_object *self, const char *what)
 {
     if (model_enter(self) < 0) return -1;
     if (self->exports == 0) return 0;
@@ -81,7 +79,7 @@ static int enter_unexported(model_object *self, const char *what)
     return -1;
 }
 
-static PyObject *leave_with(model_object *self, stv_status status)
+PyObject *model_leave_with(model_object *self, stv_status status)
 {
     model_leave(self);
     if (status != STV_OK) return raise_status(state_of((PyObject *)self), status);
@@ -183,7 +181,7 @@ static PyObject *model_close(PyObject *object, PyObject *unused)
     (void)unused;
     model_object *self = (model_object *)object;
     if (!self->model) Py_RETURN_NONE;
-    if (enter_unexported(self, "Model.close") < 0) return NULL;
+    if (model_enter_unexported(self, "Model.close") < 0) return NULL;
     if (self->users > 0) {
         raise_state(state_of(object), "Model.close: %zd runs or generators of this model are alive; delete them first", self->users);
         model_leave(self);
@@ -247,8 +245,7 @@ static PyObject *model_tensors(PyObject *object, PyObject *unused)
     return rows;
 }
 
-/* With the lock. False with ValueError when there is no such tensor. */
-static bool find_tensor(model_object *self, const char *what, const char *name, stv_tensor_info *info)
+bool model_find_tensor(model_object *self, const char *what, const char *name, stv_tensor_info *info)
 {
     int64_t i = stv_model_find(self->model, name);
     if (i >= 0) *info = stv_model_tensor(self->model, i);
@@ -285,7 +282,7 @@ static PyObject *model_bind(PyObject *object, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     stv_tensor_info info;
-    if (find_tensor(self, "Model.bind", name, &info)) {
+    if (model_find_tensor(self, "Model.bind", name, &info)) {
         PyObject *before = Py_XNewRef(PyDict_GetItemWithError(self->bindings, key));
         bool frozen = info.offset < 0, core_owned = frozen && info.data && !before; /* it trained once; would be freed */
         if (core_owned && self->exports > 0) {
@@ -331,226 +328,13 @@ static PyObject *model_tensor(PyObject *object, PyObject *args, PyObject *kwargs
         return NULL;
     }
     stv_tensor_info info;
-    if (find_tensor(self, "Model.tensor", name, &info)) {
+    if (model_find_tensor(self, "Model.tensor", name, &info)) {
         if (info.data) view = tensor_view_new(self, PyDict_GetItemWithError(self->bindings, key), key, info.ndim, info.shape, info.data);
         else raise_state(state_of(object), "Model.tensor: '%s' is not bound", name);
     }
     Py_DECREF(key);
     model_leave(self);
     return view;
-}
-
-/* ---- adapters -------------------------------------------------------------------------------------------------------------------- */
-
-PyDoc_STRVAR(linear_modules_doc, "linear_modules($self)\n--\n\nNames of the modules that can carry an adapter: a list of str.");
-
-static PyObject *model_linear_modules(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    model_object *self = (model_object *)object;
-    if (model_enter(self) < 0) return NULL;
-    PyObject *modules = PyList_New(0);
-    for (int64_t i = 0; modules && i < stv_model_n_linear(self->model); i++) {
-        PyObject *name = PyUnicode_FromString(stv_model_linear_name(self->model, i));
-        if (!name || PyList_Append(modules, name) < 0) Py_CLEAR(modules);
-        Py_XDECREF(name);
-    }
-    model_leave(self);
-    return modules;
-}
-
-PyDoc_STRVAR(add_lora_doc,
-             "add_lora($self, module, rank, scale, dropout=0.0)\n--\n\n"
-             "Puts an adapter on a linear module: y = W x + scale * B A dropout(x). Its tensors MODULE.lora_A.weight (rank, in) and\n"
-             "MODULE.lora_B.weight (out, rank) appear at the end of the table, unbound.\n\n"
-             "Args:\n"
-             "    module: str, one of linear_modules().\n"
-             "    rank: int >= 1.\n"
-             "    scale: float, alpha / rank, or alpha / sqrt(rank) for rsLoRA.\n"
-             "    dropout: float in [0, 1).\n\n"
-             "Raises:\n"
-             "    ValueError: no such module, or a value out of range. Error (\"state\"): it has an adapter, or runs of the model are alive.\n"
-             "    BufferError: arrays on the model's memory are alive.\n\n"
-             "Source: Hu et al., arXiv 2106.09685; rsLoRA: arXiv 2312.03732.");
-
-static PyObject *model_add_lora(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"module", "rank", "scale", "dropout", NULL};
-    model_object *self = (model_object *)object;
-    const char *module;
-    long long rank;
-    double scale, dropout = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLd|d:add_lora", names, &module, &rank, &scale, &dropout)) return NULL;
-    if (enter_unexported(self, "Model.add_lora") < 0) return NULL;
-    stv_status status = stv_model_add_lora(self->model, module, rank, scale, dropout);
-    self->generation += status == STV_OK;
-    return leave_with(self, status);
-}
-
-PyDoc_STRVAR(merge_lora_doc, "merge_lora($self)\n--\n\n"
-                             "W <- W + scale * B A in copies; the bound weights stay as they are. Adapters are skipped while merged.\n\n"
-                             "Raises:\n"
-                             "    Error (\"state\"): merged already, no adapters, or unbound ones. MemoryError.");
-
-static PyObject *model_merge_lora(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    model_object *self = (model_object *)object;
-    if (model_enter(self) < 0) return NULL;
-    stv_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = stv_model_merge_lora(self->model);
-    Py_END_ALLOW_THREADS
-    return leave_with(self, status);
-}
-
-PyDoc_STRVAR(unmerge_lora_doc,
-             "unmerge_lora($self)\n--\n\nForgets the merged copies, exactly.\n\nRaises:\n    Error (\"state\"): nothing is merged.");
-
-static PyObject *model_unmerge_lora(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    model_object *self = (model_object *)object;
-    if (model_enter(self) < 0) return NULL;
-    return leave_with(self, stv_model_unmerge_lora(self->model));
-}
-
-PyDoc_STRVAR(effective_weight_doc, "effective_weight($self, module)\n--\n\n"
-                                   "The weight a linear module computes with: W + scale * B A, merged or not.\n\n"
-                                   "Returns:\n"
-                                   "    ndarray (out, in) of the model's dtype, a copy.\n\n"
-                                   "Raises:\n"
-                                   "    ValueError: no such module. Error (\"state\"): it is not bound.");
-
-static PyObject *model_effective_weight(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"module", NULL};
-    model_object *self = (model_object *)object;
-    const char *module;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s:effective_weight", names, &module)) return NULL;
-    PyObject *weight = PyUnicode_FromFormat("%s.weight", module), *array = NULL;
-    const char *name = weight ? PyUnicode_AsUTF8AndSize(weight, NULL) : NULL;
-    if (!name || model_enter(self) < 0) {
-        Py_XDECREF(weight);
-        return NULL;
-    }
-    stv_tensor_info info;
-    if (find_tensor(self, "Model.effective_weight", name, &info)) {
-        Py_ssize_t shape[2] = {(Py_ssize_t)info.shape[0], (Py_ssize_t)(info.size / info.shape[0])};
-        void *data;
-        if ((array = array_new(real_kind(self->dtype), 2, shape, &data))) {
-            stv_status status;
-            Py_BEGIN_ALLOW_THREADS
-            status = stv_model_effective_weight(self->model, module, data);
-            Py_END_ALLOW_THREADS
-            if (status != STV_OK) {
-                Py_CLEAR(array);
-                raise_status(state_of(object), status);
-            }
-        }
-    }
-    Py_DECREF(weight);
-    model_leave(self);
-    return array;
-}
-
-/* ---- training -------------------------------------------------------------------------------------------------------------------- */
-
-PyDoc_STRVAR(set_trainable_doc,
-             "set_trainable($self, names)\n--\n\n"
-             "These tensors train, in this order, in one flat buffer (theta) beside one flat gradient (grad, zeroed); all others are frozen. Values\n"
-             "are carried over; buffers bound to tensors that train are let go of.\n\n"
-             "Args:\n"
-             "    names: sequence of str; empty: none train.\n\n"
-             "Raises:\n"
-             "    ValueError: an unknown or repeated name. Error (\"state\"): adapters are merged. BufferError: arrays on the model's memory are "
-             "alive. MemoryError.");
-
-/* The name strings live in `tuple`, which the caller holds. */
-static const char **take_names(PyObject *tuple)
-{
-    Py_ssize_t n = PyTuple_Size(tuple);
-    const char **texts = PyMem_Calloc(n ? (size_t)n : 1, sizeof *texts);
-    for (Py_ssize_t i = 0; texts && i < n; i++) {
-        PyObject *name = PyTuple_GetItem(tuple, i);
-        if (!PyUnicode_Check(name)) PyErr_Format(PyExc_TypeError, "Model.set_trainable: names[%zd] is %R, want a str", i, name);
-        else texts[i] = PyUnicode_AsUTF8AndSize(name, NULL);
-        if (PyErr_Occurred()) {
-            PyMem_Free(texts);
-            return NULL;
-        }
-    }
-    if (!texts) PyErr_NoMemory();
-    return texts;
-}
-
-static PyObject *model_set_trainable(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"names", NULL};
-    model_object *self = (model_object *)object;
-    PyObject *value;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:set_trainable", names, &value)) return NULL;
-    if (PyUnicode_Check(value)) return PyErr_Format(PyExc_TypeError, "Model.set_trainable: names is the str %R, want a sequence of str", value);
-    PyObject *tuple = PySequence_Tuple(value);
-    const char **texts = tuple ? take_names(tuple) : NULL;
-    if (!texts || enter_unexported(self, "Model.set_trainable") < 0) {
-        PyMem_Free(texts);
-        Py_XDECREF(tuple);
-        return NULL;
-    }
-    Py_ssize_t n = PyTuple_Size(tuple);
-    stv_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = stv_model_set_trainable(self->model, texts, n);
-    Py_END_ALLOW_THREADS
-    if (status == STV_OK) {
-        self->generation++;
-        for (Py_ssize_t i = 0; i < n; i++) {
-            PyObject *name = PyTuple_GetItem(tuple, i); /* itself the key: nothing that happens now may want memory */
-            if (PyDict_GetItemWithError(self->bindings, name)) PyDict_DelItem(self->bindings, name);
-        }
-    }
-    PyMem_Free(texts);
-    Py_DECREF(tuple);
-    return leave_with(self, status);
-}
-
-PyDoc_STRVAR(zero_grad_doc, "zero_grad($self)\n--\n\nSets the gradient buffer to zero; without trainable tensors there is nothing to do.");
-
-static PyObject *model_zero_grad(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    model_object *self = (model_object *)object;
-    if (model_enter(self) < 0) return NULL;
-    stv_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = stv_model_zero_grad(self->model);
-    Py_END_ALLOW_THREADS
-    return leave_with(self, status);
-}
-
-static PyObject *flat_view(model_object *self, const char *name, void *(*get)(stv_model *))
-{
-    if (model_enter(self) < 0) return NULL;
-    int64_t n = stv_model_n_trainable(self->model);
-    PyObject *text = PyUnicode_FromString(name), *view = NULL;
-    if (text && n == 0) view = Py_NewRef(Py_None);
-    else if (text) view = tensor_view_new(self, NULL, text, 1, &n, get(self->model));
-    Py_XDECREF(text);
-    model_leave(self);
-    return view;
-}
-
-static PyObject *get_theta(PyObject *object, void *unused)
-{
-    (void)unused;
-    return flat_view((model_object *)object, "theta", stv_model_theta);
-}
-
-static PyObject *get_grad(PyObject *object, void *unused)
-{
-    (void)unused;
-    return flat_view((model_object *)object, "grad", stv_model_grad);
 }
 
 /* ---- attributes -------------------------------------------------------------------------------------------------------------------- */
@@ -592,12 +376,11 @@ static PyGetSetDef getset[] = {
     {"config", get_config, NULL, "the configuration as a new dict, every key present", NULL},
     {"tokens_per_image", get_tokens_per_image, NULL, "rows an image takes; 0 without a tower", NULL},
     {"n_trainable", get_n_trainable, NULL, "elements of theta", NULL},
-    {"theta", get_theta, NULL, "Tensor (n_trainable,): the flat trainable buffer, a view; None when nothing trains", NULL},
-    {"grad", get_grad, NULL, "Tensor (n_trainable,): the flat gradient, a view; None when nothing trains", NULL},
+    {"theta", model_get_theta, NULL, "Tensor (n_trainable,): the flat trainable buffer, a view; None when nothing trains", NULL},
+    {"grad", model_get_grad, NULL, "Tensor (n_trainable,): the flat gradient, a view; None when nothing trains", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-#define KEYWORDS(f) (PyCFunction)(void (*)(void))(f), METH_VARARGS | METH_KEYWORDS
 static PyMethodDef methods[] = {
     {"tensors", model_tensors, METH_NOARGS, tensors_doc},
     {"bind", KEYWORDS(model_bind), bind_doc},

@@ -1,6 +1,5 @@
 /* model_config.c - the dictionary of Model(config) <-> stv_model_config. Which values fit together is the core's to say; here only keys and types. */
-#include "binding.h"
-#include "model_config.h"
+#include "model.h"
 
 #include <string.h>
 
