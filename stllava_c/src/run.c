@@ -43,6 +43,19 @@ void run_forget_last(run_object *self)
     Py_CLEAR(self->input);
 }
 
+int run_keep_last(run_object *self, last_call last, forward_call *call, stv_status status)
+{
+    run_forget_last(self);
+    if (status != STV_OK) {
+        raise_status(state_of((PyObject *)self), status);
+        return -1;
+    }
+    self->last = last;
+    self->call = *call;
+    *call = (forward_call){0};
+    return 0;
+}
+
 int run_check_last(run_object *self, last_call wanted, const char *what, const char *before)
 {
     if (self->last == wanted) return 0;
@@ -175,57 +188,16 @@ static PyObject *run_forward(PyObject *object, PyObject *args, PyObject *kwargs)
         watched_begin(&w, self->model);
         status = stv_run_forward(self->run, batch->batch, &call.options);
         watched_end(&w);
-        run_forget_last(self);
-        if (status == STV_OK) {
-            self->last = LAST_FORWARD;
-            self->call = call;
+        if (run_keep_last(self, LAST_FORWARD, &call, status) == 0) {
             self->batch = (batch_object *)Py_NewRef((PyObject *)batch);
-            call = (forward_call){0};
             Py_ssize_t n = (Py_ssize_t)stv_batch_get(batch->batch).n_targets;
             logp = array_copy(KIND_F64, 1, &n, stv_run_logp(self->run));
-        } else {
-            raise_status(state_of(object), status);
         }
     }
     model_leave(self->model);
 done:
     forward_drop(&call);
     return logp;
-}
-
-PyDoc_STRVAR(backward_doc, "backward($self, dlogp)\n--\n\n"
-                           "Adds to the model's gradient buffer what d loss / d logp asks for. Once per forward with train=True.\n\n"
-                           "Args:\n"
-                           "    dlogp: (n_targets,) real numbers.\n\n"
-                           "Raises:\n"
-                           "    Error (\"state\"): no forward with train before it, or nothing trains. ValueError: dlogp has another length.\n"
-                           "    What a signal handler raises, as in forward; the gradient buffer then holds a part of the gradient.");
-
-static PyObject *run_backward(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"dlogp", NULL};
-    run_object *self = (run_object *)object;
-    PyObject *value, *array = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:backward", names, &value)) return NULL;
-    Py_ssize_t n = -1;
-    const void *dlogp;
-    if (!(array = array_take_list(value, "Run.backward: dlogp", KIND_F64, &n, &dlogp)) || model_enter(self->model) < 0) {
-        Py_XDECREF(array);
-        return NULL;
-    }
-    if (run_check_last(self, LAST_FORWARD, "Run.backward", "forward with train=True") == 0 &&
-        check_size("Run.backward: dlogp", (Py_ssize_t)stv_batch_get(self->batch->batch).n_targets, n) == 0) {
-        stv_status status;
-        watched w;
-        watched_begin(&w, self->model);
-        status = stv_run_backward(self->run, dlogp);
-        watched_end(&w);
-        if (status != STV_OK) raise_status(state_of(object), status);
-    }
-    model_leave(self->model);
-    Py_DECREF(array);
-    if (PyErr_Occurred()) return NULL;
-    Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(logits_doc, "logits($self, rows)\n--\n\n"
@@ -360,7 +332,6 @@ static PyGetSetDef getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-#define KEYWORDS(f) (PyCFunction)(void (*)(void))(f), METH_VARARGS | METH_KEYWORDS
 static PyMethodDef methods[] = {
     {"set_recompute", KEYWORDS(run_set_recompute), set_recompute_doc},
     {"forward", KEYWORDS(run_forward), forward_doc},

@@ -1,4 +1,4 @@
-/* run_parts.c - the tower and the projector alone, forward and backward. */
+/* run_parts.c - the tower and the projector alone. */
 #include "run.h"
 
 const char encode_doc[] = "encode($self, pixels, *, theta=None, adapters=True)\n--\n\n"
@@ -76,16 +76,10 @@ PyObject *run_vision_forward(PyObject *object, PyObject *args, PyObject *kwargs)
             watched_begin(&w, self->model);
             status = stv_run_vision_forward(self->run, &call.options, all_layers);
             watched_end(&w);
-            run_forget_last(self);
-            if (status == STV_OK) {
-                self->last = LAST_VISION;
-                self->call = call;
-                self->n_images = call.options.n_images;
-                call = (forward_call){0};
+            if (run_keep_last(self, LAST_VISION, &call, status) == 0) {
+                self->n_images = self->call.options.n_images;
                 Py_ssize_t shape[2] = {(Py_ssize_t)self->n_images * run_tokens_per_image(self), (Py_ssize_t)self->model->config.vision.hidden_size};
                 features = run_real_copy(self, 2, shape, stv_run_vision_features(self->run));
-            } else {
-                raise_status(state_of(object), status);
             }
         }
         model_leave(self->model);
@@ -146,42 +140,6 @@ PyObject *run_vision_pooled(PyObject *object, PyObject *unused)
     return pooled;
 }
 
-const char vision_backward_doc[] = "vision_backward($self, dfeatures)\n--\n\n"
-                                   "Adds the tower's gradients for d loss / d features. Once per vision_forward with train=True.\n\n"
-                                   "Args:\n"
-                                   "    dfeatures: n*tokens_per_image*E real numbers, as vision_forward returned them.\n\n"
-                                   "Raises:\n"
-                                   "    Error (\"state\"): no vision_forward with train before it. ValueError: another size.";
-
-PyObject *run_vision_backward(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"dfeatures", NULL};
-    run_object *self = (run_object *)object;
-    PyObject *value, *array = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:vision_backward", names, &value)) return NULL;
-    Py_ssize_t n = -1;
-    const void *data;
-    array = array_take_flat(value, "Run.vision_backward: dfeatures", real_kind(self->model->dtype), &n, &data);
-    if (!array || model_enter(self->model) < 0) {
-        Py_XDECREF(array);
-        return NULL;
-    }
-    if (run_check_last(self, LAST_VISION, "Run.vision_backward", "vision_forward with train=True") == 0 &&
-        check_size("Run.vision_backward: dfeatures",
-                   (Py_ssize_t)(self->n_images * self->model->config.vision.hidden_size) * run_tokens_per_image(self), n) == 0) {
-        stv_status status;
-        watched w;
-        watched_begin(&w, self->model);
-        status = stv_run_vision_backward(self->run, data);
-        watched_end(&w);
-        if (status != STV_OK) raise_status(state_of(object), status);
-    }
-    model_leave(self->model);
-    Py_DECREF(array);
-    if (PyErr_Occurred()) return NULL;
-    Py_RETURN_NONE;
-}
-
 const char projector_forward_doc[] = "projector_forward($self, x, *, theta=None, train=False)\n--\n\n"
                                      "The projector alone.\n\n"
                                      "Args:\n"
@@ -215,17 +173,11 @@ PyObject *run_projector_forward(PyObject *object, PyObject *args, PyObject *kwar
         watched_begin(&w, self->model);
         status = stv_run_projector_forward(self->run, data, shape[0], shape[1], &call.options);
         watched_end(&w);
-        run_forget_last(self);
-        if (status == STV_OK) {
-            self->last = LAST_PROJECTOR;
-            self->call = call;
+        if (run_keep_last(self, LAST_PROJECTOR, &call, status) == 0) {
             self->input = Py_NewRef(x);
             self->n_images = shape[0];
             self->n_tokens = shape[1];
-            call = (forward_call){0};
             output = run_real_copy(self, 3, (Py_ssize_t[]){shape[0], shape[1], (Py_ssize_t)c->out_size}, stv_run_projector_output(self->run));
-        } else {
-            raise_status(state_of(object), status);
         }
     }
     model_leave(self->model);
@@ -270,49 +222,4 @@ PyObject *run_cluster_margin(PyObject *object, PyObject *unused)
 {
     (void)unused;
     return cluster_result(object, "Run.cluster_margin", true);
-}
-
-const char projector_backward_doc[] = "projector_backward($self, dout, want_input_grad=True)\n--\n\n"
-                                      "Adds the projector's gradients for d loss / d output. Once per projector_forward with train=True.\n\n"
-                                      "Args:\n"
-                                      "    dout: n_images*n_tokens*D real numbers, as projector_forward returned them.\n"
-                                      "    want_input_grad: bool.\n\n"
-                                      "Returns:\n"
-                                      "    ndarray (n_images, n_tokens, E) of the model's dtype, d loss / d x; or None.\n\n"
-                                      "Raises:\n"
-                                      "    Error (\"state\"): no projector_forward with train before it. ValueError: another size.";
-
-PyObject *run_projector_backward(PyObject *object, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"dout", "want_input_grad", NULL};
-    run_object *self = (run_object *)object;
-    PyObject *value, *array = NULL, *dx = NULL;
-    int want = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|p:projector_backward", names, &value, &want)) return NULL;
-    array_kind kind = real_kind(self->model->dtype);
-    const stv_projector_config *c = &self->model->config.projector;
-    Py_ssize_t n = -1;
-    const void *dout;
-    if (!(array = array_take_flat(value, "Run.projector_backward: dout", kind, &n, &dout)) || model_enter(self->model) < 0) {
-        Py_XDECREF(array);
-        return NULL;
-    }
-    Py_ssize_t shape[3] = {(Py_ssize_t)self->n_images, (Py_ssize_t)self->n_tokens, (Py_ssize_t)c->in_size};
-    void *din = NULL;
-    if (run_check_last(self, LAST_PROJECTOR, "Run.projector_backward", "projector_forward with train=True") == 0 &&
-        check_size("Run.projector_backward: dout", shape[0] * shape[1] * (Py_ssize_t)c->out_size, n) == 0 &&
-        (dx = want ? array_new(kind, 3, shape, &din) : Py_NewRef(Py_None))) {
-        stv_status status;
-        watched w;
-        watched_begin(&w, self->model);
-        status = stv_run_projector_backward(self->run, dout, din);
-        watched_end(&w);
-        if (status != STV_OK) {
-            Py_CLEAR(dx);
-            raise_status(state_of(object), status);
-        }
-    }
-    model_leave(self->model);
-    Py_DECREF(array);
-    return dx;
 }
