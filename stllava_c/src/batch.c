@@ -131,31 +131,29 @@ static PyObject *get_column(PyObject *object, void *closure)
     return array_view(Py_NewRef(object), c->kind, 1, &n, data, false);
 }
 
-#define F(name) offsetof(stv_batch_view, name)
-#define COUNT(name, doc) \
-    { \
-#name, get_count, NULL, "int, " doc, (void *)F(name) \
-    }
-#define COLUMN(name, count, extra, kind, doc) \
-    { \
-#name, get_column, NULL, "read-only array " doc, &(column) { F(name), F(count), extra, kind } \
-    }
+#define AT(field) (void *)offsetof(stv_batch_view, field)
+#define COLUMN(field, count, extra, kind) \
+    &(column) { offsetof(stv_batch_view, field), offsetof(stv_batch_view, count), extra, kind }
+
 static PyGetSetDef getset[] = {
-    COUNT(n_rows, "packed rows, images included"),
-    COUNT(n_segments, "segments"),
-    COUNT(n_sequences, "paths from a root to a leaf"),
-    COUNT(n_targets, "targets"),
-    COUNT(n_images, "images"),
-    COLUMN(row_token, n_rows, 0, KIND_I32, "(n_rows,) int32: token id, -1 for image rows"),
-    COLUMN(row_feature, n_rows, 0, KIND_I64, "(n_rows,) int64: image * tokens_per_image + token, or -1"),
-    COLUMN(row_position, n_rows, 0, KIND_I32, "(n_rows,) int32: position in its own sequences"),
-    COLUMN(row_sample, n_rows, 0, KIND_U64, "(n_rows,) uint64: dropout key"),
-    COLUMN(segment_row, n_segments, 1, KIND_I64, "(n_segments+1,) int64: ranges of rows"),
-    COLUMN(sequence_leaf, n_sequences, 0, KIND_I32, "(n_sequences,) int32: leaf segment"),
-    COLUMN(sequence_begin, n_sequences, 1, KIND_I64, "(n_sequences+1,) int64: ranges of targets"),
-    COLUMN(target_row, n_targets, 0, KIND_I64, "(n_targets,) int64: the predicting row"),
-    COLUMN(label_row, n_targets, 0, KIND_I64, "(n_targets,) int64: the row of the label token itself"),
-    COLUMN(target_token, n_targets, 0, KIND_I32, "(n_targets,) int32: token id"),
+    {"n_rows", get_count, NULL, "int, packed rows, images included", AT(n_rows)},
+    {"n_segments", get_count, NULL, "int, segments", AT(n_segments)},
+    {"n_sequences", get_count, NULL, "int, paths from a root to a leaf", AT(n_sequences)},
+    {"n_targets", get_count, NULL, "int, targets", AT(n_targets)},
+    {"n_images", get_count, NULL, "int, images", AT(n_images)},
+    {"row_token", get_column, NULL, "read-only array (n_rows,) int32: token id, -1 for image rows", COLUMN(row_token, n_rows, 0, KIND_I32)},
+    {"row_feature", get_column, NULL, "read-only array (n_rows,) int64: image * tokens_per_image + token, or -1",
+     COLUMN(row_feature, n_rows, 0, KIND_I64)},
+    {"row_position", get_column, NULL, "read-only array (n_rows,) int32: position in its own sequences", COLUMN(row_position, n_rows, 0, KIND_I32)},
+    {"row_sample", get_column, NULL, "read-only array (n_rows,) uint64: dropout key", COLUMN(row_sample, n_rows, 0, KIND_U64)},
+    {"segment_row", get_column, NULL, "read-only array (n_segments+1,) int64: ranges of rows", COLUMN(segment_row, n_segments, 1, KIND_I64)},
+    {"sequence_leaf", get_column, NULL, "read-only array (n_sequences,) int32: leaf segment", COLUMN(sequence_leaf, n_sequences, 0, KIND_I32)},
+    {"sequence_begin", get_column, NULL, "read-only array (n_sequences+1,) int64: ranges of targets",
+     COLUMN(sequence_begin, n_sequences, 1, KIND_I64)},
+    {"target_row", get_column, NULL, "read-only array (n_targets,) int64: the predicting row", COLUMN(target_row, n_targets, 0, KIND_I64)},
+    {"label_row", get_column, NULL, "read-only array (n_targets,) int64: the row of the label token itself",
+     COLUMN(label_row, n_targets, 0, KIND_I64)},
+    {"target_token", get_column, NULL, "read-only array (n_targets,) int32: token id", COLUMN(target_token, n_targets, 0, KIND_I32)},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
