@@ -83,7 +83,7 @@ asan:
 	@test -x $(ASAN)/bin/python || $(PYTHON) -m venv $(ASAN)
 	$(ASAN)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0" scipy-openblas32
 	STLLAVA_SANITIZE=1 STLLAVA_WERROR=1 STLLAVA_CUDA=0 $(ASAN)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation ".[test]"
-	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0 \
+	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		$(ASAN)/bin/pytest -q -p no:cacheprovider $(CURDIR)/tests $(ARGS)
 
 tsan:
