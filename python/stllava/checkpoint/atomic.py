@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stllava.checkpoint import strict_json
 from stllava.errors import FormatError
@@ -38,9 +38,10 @@ NEW = ".new"
 _VERSION = 1
 _CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _BLOCK = 1 << 20
+T = TypeVar("T")
 
 
-def system_call(path: Path, function: Callable[..., Any], *args: Any, n_bytes: int | None = None) -> Any:
+def system_call(path: Path, function: Callable[..., T], *args: Any, n_bytes: int | None = None) -> T:
     """One system call on behalf of `path`, which needs `n_bytes` in all."""
     try:
         return function(*args)
@@ -148,6 +149,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, *, durable: bool = Tr
 class _Lines:
     def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor, self._path = descriptor, path
+        self._torn = True  # perhaps
         self._mend()
 
     def write(self, lines: str) -> None:

@@ -238,7 +238,7 @@ def _add_adapters(checkpoint: Checkpoint, path: Path) -> None:
     for adapter in filter(None, (decoder, tower)):
         checkpoint.lora |= adapter.tensors
         checkpoint.sources |= dict.fromkeys(adapter.tensors, adapter.path)
-    checkpoint.lora_configs = (decoder and decoder.config, tower and tower.config)
+    checkpoint.lora_configs = (decoder.config if decoder else None, tower.config if tower else None)
 
 
 def _check_finite(checkpoint: Checkpoint) -> None:

@@ -100,8 +100,8 @@ def _is_alive(owner: dict[str, Any]) -> bool:
     if not owner or (owner.get("pid") == ours["pid"] and owner.get("boot") == ours["boot"]):
         return False
     if owner.get("boot") == ours["boot"]:
-        return owner.get("process_start") == _process_start(owner.get("pid"))
-    return owner.get("host") != ours["host"]  # the same host since started anew holds no run of before
+        return _process_start(owner.get("pid")) == owner.get("process_start")
+    return ours["host"] != owner.get("host")  # the same host since started anew holds no run of before
 
 
 def _refusal(output: Path, path: Path, owner: dict[str, Any]) -> str:
@@ -110,7 +110,7 @@ def _refusal(output: Path, path: Path, owner: dict[str, Any]) -> str:
     return f"{output}: another run writes there ({who}). Wait for it, or choose another output; if that run is over, delete {path}"
 
 
-def _ourselves() -> dict[str, Any]:
+def _ourselves() -> dict[str, object]:
     return {"pid": os.getpid(), "process_start": _process_start(os.getpid()), "host": socket.gethostname(), "boot": _boot(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(shlex.join(sys.orig_argv).split())[:200]}
 

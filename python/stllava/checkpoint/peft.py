@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ _CARRIED = {"auto_mapping": None, "fan_in_fan_out": False, "inference_mode": Tru
 _HARMLESS = frozenset({"megatron_core", "peft_version", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
                        "lora_ga_config", "runtime_config", "ephemeral_gpu_offload"})
 _MODULE_PATTERN = re.compile(r"[A-Za-z0-9_]+(\\?\.[A-Za-z0-9_]+)*")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def _convert(arguments: dict[str, Any]) -> None:
     arguments["layers_to_transform"] = None if layers is None else tuple(layers)
 
 
-def _lookup(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+def _lookup(pattern: Mapping[str, T], module: str, default: T) -> T:
     """PEFT's rule: the first entry whose key is the module's name or its ending at a dot."""
     for key, value in pattern.items():
         plain = key.replace("\\.", ".")

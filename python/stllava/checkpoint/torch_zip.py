@@ -165,7 +165,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> Non
     root = path.stem
     for name in tensors:
         check_name(name, path)
-    with atomic.writing(path, n_bytes=sum(array.nbytes for array in tensors.values())) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with (atomic.writing(path, n_bytes=sum(array.nbytes for array in tensors.values())) as file,
+          zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive):  # type: ignore[call-overload]  # typeshed asks for a close() that is never called
         _add(archive, f"{root}/data.pkl", torch_pickle.dump(tensors))
         _add(archive, f"{root}/byteorder", b"little")
         for key, array in enumerate(tensors.values()):
@@ -179,6 +180,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
     info = zipfile.ZipInfo(name)  # its default date keeps files reproducible
     info.file_size = n_bytes
     zip64 = n_bytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile then adds 20 bytes of its own to the header
+    assert archive.fp is not None  # it is open
     header_end = archive.fp.tell() + 30 + len(name.encode()) + 4 + 20 * zip64
     padding = -header_end % _ALIGNMENT
     info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
