@@ -43,5 +43,5 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any]], 
 
 
 def _question(row: Mapping[str, Any]) -> str:
-    text = row["text"] if "text" in row else row.get("conversations", row.get("conversatons"))[0]["value"]
+    text: str = row["text"] if "text" in row else row.get("conversations", row.get("conversatons"))[0]["value"]
     return text.replace(DEFAULT_IMAGE_TOKEN, "").strip()

@@ -155,7 +155,8 @@ class Tokenizer:
         return text + self._decode_run(run)
 
     def _decode_run(self, ids: Sequence[int]) -> str:
-        return self._sp.decode([int(i) for i in ids])
+        text: str = self._sp.decode([int(i) for i in ids])
+        return text
 
     # ---- files
 
