@@ -229,7 +229,7 @@ def _vqa_record(split: str, index: int, question: Question) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, records: list | dict) -> None:
+def _write(path: Path, records: list[Any] | dict[str, Any]) -> None:
     """Writes JSON, one record a line."""
     if isinstance(records, dict):
         lines, brackets = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in records.items()], "{}"

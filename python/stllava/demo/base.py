@@ -29,7 +29,7 @@ from stllava.config import LlavaConfig, VisionConfig
 from stllava.conversation import conv_templates
 from stllava.data.pictures import Pictures
 from stllava.images import ImageProcessor
-from stllava.model import LlavaModel
+from stllava.model import Dtype, LlavaModel
 from stllava.text.labels import build_sample, draw_uniform
 from stllava.text.tokenizer import Tokenizer
 from stllava.train.arguments import SFTConfig
@@ -103,6 +103,8 @@ class BaseDataset:
     """
 
     def __init__(self, paths: atlas.AtlasPaths, tokenizer: Tokenizer, processor: ImageProcessor, seed: int) -> None:
+        if paths.base is None:
+            raise ValueError(f"{paths.root} was built without base images")
         self.items = list(atlas.base_items(paths.base))
         self.tokenizer, self.seed = tokenizer, seed
         self.pictures = Pictures(paths.images, processor)
@@ -122,7 +124,8 @@ class BaseDataset:
         template = "v1_sq" if u(0) < 0.5 else "v1"
         talk = u(1) < 0.5
         order = sorted(range(len(record.questions)), key=lambda i: u(10 + i))
-        dialogues = [([(record.questions[i].question, record.questions[i].answer)], set()) for i in order[:2 if talk else 5]]
+        dialogues: list[tuple[list[tuple[str, str]], set[int]]] = [
+            ([(record.questions[i].question, record.questions[i].answer)], set()) for i in order[:2 if talk else 5]]
         if talk:
             turns = [(DESCRIBE, record.caption), *((q.question, q.answer) for q in record.later_turns)]
             later = range(2, 2 * len(turns), 2)
@@ -169,5 +172,5 @@ def base_model_path() -> Path:
     return Path(str(resources.files("stllava.demo"))) / "base_model"
 
 
-def load_base(dtype: str = "f32") -> LlavaModel:
+def load_base(dtype: Dtype = "f32") -> LlavaModel:
     return LlavaModel.from_pretrained(base_model_path(), dtype=dtype)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stllava.evaluate import evaluate_vqa
+from stllava.evaluate import VqaItem, evaluate_vqa
 from stllava.evaluate.answers import answer_questions
 from stllava.model import LlavaModel
 
@@ -42,7 +42,7 @@ class Scores:
 def score(items: Seq[Mapping[str, Any]], answers: Mapping[str, str]) -> Scores:
     """Scores answers (item id -> text) to the items of a VQA file with `question_type`; every item must have its answer."""
     report = evaluate_vqa(items, [{"id": name, "text": text} for name, text in answers.items()], "strict")
-    values = {str(item.id): float(item.values["recall" if item.is_open else "hit"]) for item in report.items}
+    values = {str(item.id): _value(item) for item in report.items}
     by_type: dict[str, dict[str, Any]] = {}
     for kind in (*OPEN, *CLOSED):
         of_kind = [values[item["id"]] for item in items if item["question_type"] == kind]
@@ -51,6 +51,12 @@ def score(items: Seq[Mapping[str, Any]], answers: Mapping[str, str]) -> Scores:
     row = {"closed_accuracy": report.values["closed accuracy"], "open_recall": report.values["recall"], "token_f1": report.values["f1"],
            "n_closed": report.n_closed, "n_open": report.n_open, "by_type": by_type}
     return Scores(row, [values[str(i.id)] for i in report.items if not i.is_open], [values[str(i.id)] for i in report.items if i.is_open], values)
+
+
+def _value(item: VqaItem) -> float:
+    value = item.values["recall" if item.is_open else "hit"]
+    assert value is not None  # the strict set leaves no item out
+    return value
 
 
 def answer_greedily(model: LlavaModel, items: Seq[Mapping[str, Any]], image_of: Callable[[str], Any], label: str) -> dict[str, str]:
@@ -77,7 +83,7 @@ def no_image_answers(model: LlavaModel, items: Seq[Mapping[str, Any]]) -> dict[s
 
     A picture and not an empty place, because the model never saw a prompt without one. Equal questions get equal answers, so each is asked once.
     """
-    size = model.config.vision.image_size
+    size = model.image_processor.size
     grey = np.zeros((3, size, size), np.float32)
     first = {item["conversations"][0]["value"]: item for item in items}
     answers = answer_greedily(model, list(first.values()), lambda _: grey, "no image")

@@ -92,7 +92,7 @@ class Renderer:
         self.seed, self.size = seed, size
         self._pictures = pictures
         self._anatomy = Anatomy.from_pictures(pictures)
-        self._views: dict[tuple, _View] = {}
+        self._views: dict[tuple[object, ...], _View] = {}
         #: Slice positions (MNI mm; for "epi" slice numbers) of each (plane, region).
         self.positions: dict[tuple[str, Region], list[int]] = {}
         for plane, (low, high) in SLICES_MM.items():
@@ -146,8 +146,8 @@ class Renderer:
         spread = abs(np.cos(np.radians(angle))) + abs(np.sin(np.radians(angle)))
         side = min(rng.uniform(low, high), min(image.size) / spread)
         half = side * spread / 2
-        centre = tuple(rng.uniform(half, length - half) if length > 2 * half else length / 2 for length in image.size)
-        return self._sample(_View(image, centre), side, angle, (0.0, 0.0))
+        x, y = (rng.uniform(half, length - half) if length > 2 * half else length / 2 for length in image.size)
+        return self._sample(_View(image, (x, y)), side, angle, (0.0, 0.0))
 
     def _facts(self, kind: str, plane: str, position_mm: int) -> Facts:
         facts = replace(FACTS[kind], plane=plane)
@@ -164,9 +164,8 @@ class Renderer:
         if key not in self._views:
             axis = AXES[plane]
             origin = self._pictures.mni_origin
-            cut = [slice(None)] * 3
-            cut[axis] = int(position_mm - origin[axis])
-            slices = {name: volume[tuple(cut)] for name, volume in self._pictures.mni.items()}
+            at = int(position_mm - origin[axis])
+            slices = {name: volume.take(at, axis) for name, volume in self._pictures.mni.items()}
             values = t2_like(slices["T1"], slices["GM"], slices["WM"]) if kind == "T2" else slices[kind]
             across, up = (a for a in range(3) if a != axis)
             # Of the two remaining axes the second runs upwards, the first to the left: x = right of the patient, y = front.

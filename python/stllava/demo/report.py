@@ -143,7 +143,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     sums = np.cumsum(np.concatenate(([0.0], values)))
     ends = np.arange(1, len(values) + 1)
     begins = np.maximum(0, ends - width)
-    return (sums[ends] - sums[begins]) / (ends - begins)
+    means: np.ndarray = (sums[ends] - sums[begins]) / (ends - begins)
+    return means
 
 
 def _pick(names: Seq[str], n: int, rng: np.random.Generator) -> list[str]:

@@ -9,6 +9,7 @@ import gzip
 import io
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -44,11 +45,12 @@ def load(sources: Sources) -> Pictures:
     if not np.array_equal(t1.affine[:, :3], np.eye(3)):
         raise ValueError(f"mni_t1: affine {t1.affine.tolist()}, expected 1 mm axis-aligned voxels")
     epi = read_nifti(sources.read("epi"), "epi")
+    x_mm, y_mm, z_mm = np.linalg.norm(epi.affine[:, :3], axis=0).tolist()
     return Pictures(
         mni={"T1": t1.data, "GM": gm.data, "WM": wm.data},
         mni_origin=t1.affine[:, 3],
         epi=_window(epi.data, 1.0, 99.8),
-        epi_spacing_mm=tuple(float(v) for v in np.linalg.norm(epi.affine[:, :3], axis=0)),
+        epi_spacing_mm=(x_mm, y_mm, z_mm),
         flat=_flat_pictures(sources),
         # Columns and rows of the ultrasound sector; the rest of the frame is text and controls.
         # The stored colours are luminance and two chroma channels; echo is grey, so only luminance is kept.
@@ -72,7 +74,8 @@ def read_nifti(raw: bytes, name: str) -> Volume:
     shape = shape[:n_axes]
     (code,) = struct.unpack_from("<h", raw, 70)
     offset, slope, intercept = struct.unpack_from("<3f", raw, 108)
-    dtype = {2: np.dtype("u1"), 4: np.dtype("<i2")}.get(code)
+    dtypes: dict[int, np.dtype[Any]] = {2: np.dtype("u1"), 4: np.dtype("<i2")}
+    dtype = dtypes.get(code)
     if dtype is None or (slope, intercept) not in ((1.0, 0.0), (0.0, 0.0)):
         raise ValueError(f"{name}: datatype {code}, slope {slope}, intercept {intercept}; expected uint8 or int16 without scaling")
     if struct.unpack_from("<h", raw, 254)[0] <= 0:
@@ -101,19 +104,22 @@ def _flat_pictures(sources: Sources) -> dict[str, np.ndarray]:
 def _dicom(sources: Sources, name: str, *, raw: bool = False) -> np.ndarray:
     """Pixels of a DICOM file; `raw` leaves the colour space as stored."""
     pixels = import_pydicom(sources, "pydicom.pixels")
-    return pixels.pixel_array(io.BytesIO(sources.read(name)), raw=raw)
+    array: np.ndarray = pixels.pixel_array(io.BytesIO(sources.read(name)), raw=raw)
+    return array
 
 
 def _window(values: np.ndarray, low_percent: float, high_percent: float) -> np.ndarray:
     """Maps the given percentiles to 0 and 255."""
     low, high = np.percentile(values, [low_percent, high_percent])
-    return (np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+    window: np.ndarray = np.clip((values - low) / (high - low), 0, 1) * 255
+    return window.astype(np.uint8)
 
 
 def fluid(t1: np.ndarray, gm: np.ndarray, wm: np.ndarray) -> np.ndarray:
     """Share of cerebrospinal fluid, uint16 0..255: what is neither grey nor white matter inside the (skull-stripped) brain."""
     tissue = np.minimum(255, gm.astype(np.uint16) + wm)
-    return (255 - tissue) * (t1 > 0)
+    share: np.ndarray = (255 - tissue) * (t1 > 0)
+    return share
 
 
 def t2_like(t1: np.ndarray, gm: np.ndarray, wm: np.ndarray) -> np.ndarray:
