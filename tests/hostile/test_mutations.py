@@ -6,7 +6,6 @@ import formats
 import isolate
 import pytest
 
-
 SMALL = ("manifest", "tokenizer_config", "added_tokens", "preprocessor", "dpo")  # share their reader with another format
 
 
