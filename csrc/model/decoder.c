@@ -1,5 +1,6 @@
 /* decoder.c - what is kept: a layer that backward enters keeps its input and, unless it is recomputed, every product of its own. Layers below
- * the lowest one that trains (all of them when nothing does) share two buffers. */
+ * the lowest one that trains (all of them when nothing does) share two buffers. What costs a pass over memory to have again (normed rows, the
+ * activation) is not kept: a quarter of the activations of a layer. */
 #include "model/decoder.h"
 
 #include "ops/activation.h"
@@ -70,7 +71,6 @@ static void layer_forward(stv_exec *x, real *out, const stv_decoder_pass *pass, 
     const layer l = resolve(pass->weights, i_layer);
     int64_t R = pass->n_rows, D = c->hidden_size, F = c->intermediate_size, q_size = l.q.n_out, kv_size = l.k.n_out;
     s->rstd1 = stv_reals(x, R, 1);
-    s->normed1 = stv_reals(x, R, D);
     s->q = stv_reals(x, R, q_size);
     s->k = stv_reals(x, R, kv_size);
     s->v = stv_reals(x, R, kv_size);
@@ -78,10 +78,8 @@ static void layer_forward(stv_exec *x, real *out, const stv_decoder_pass *pass, 
     s->lse = stv_reals(x, R, c->n_heads);
     s->mid = stv_reals(x, R, D);
     s->rstd2 = stv_reals(x, R, 1);
-    s->normed2 = stv_reals(x, R, D);
     s->gate = stv_reals(x, R, F);
     s->up = stv_reals(x, R, F);
-    s->act = stv_reals(x, R, F);
     s->u_q = stv_lora_reals(x, R, &l.q);
     s->u_k = stv_lora_reals(x, R, &l.k);
     s->u_v = stv_lora_reals(x, R, &l.v);
@@ -89,11 +87,13 @@ static void layer_forward(stv_exec *x, real *out, const stv_decoder_pass *pass, 
     s->u_gate = stv_lora_reals(x, R, &l.gate);
     s->u_up = stv_lora_reals(x, R, &l.up);
     s->u_down = stv_lora_reals(x, R, &l.down);
+    size_t mark = stv_arena_mark(x->arena);
+    real *normed = stv_reals(x, R, D), *act = stv_reals(x, R, F);
 
-    stv_rmsnorm_forward(x, s->normed1, s->rstd1, s->in, l.input_norm, R, D, c->rms_norm_eps);
-    stv_linear_forward(x, s->q, s->u_q, s->normed1, &l.q, R, pass->dropout);
-    stv_linear_forward(x, s->k, s->u_k, s->normed1, &l.k, R, pass->dropout);
-    stv_linear_forward(x, s->v, s->u_v, s->normed1, &l.v, R, pass->dropout);
+    stv_rmsnorm_forward(x, normed, s->rstd1, s->in, l.input_norm, R, D, c->rms_norm_eps);
+    stv_linear_forward(x, s->q, s->u_q, normed, &l.q, R, pass->dropout);
+    stv_linear_forward(x, s->k, s->u_k, normed, &l.k, R, pass->dropout);
+    stv_linear_forward(x, s->v, s->u_v, normed, &l.v, R, pass->dropout);
     stv_rope_forward(x, s->q, pass->angles, R, c->n_heads, c->head_dim);
     stv_rope_forward(x, s->k, pass->angles, R, c->n_kv_heads, c->head_dim);
     keep_keys(x, pass, i_layer, s);
@@ -101,18 +101,19 @@ static void layer_forward(stv_exec *x, real *out, const stv_decoder_pass *pass, 
     stv_linear_forward(x, s->mid, s->u_o, s->attn, &l.o, R, pass->dropout);
     stv_add(x, s->mid, s->mid, s->in, R * D);
 
-    stv_rmsnorm_forward(x, s->normed2, s->rstd2, s->mid, l.post_norm, R, D, c->rms_norm_eps);
-    stv_linear_forward(x, s->gate, s->u_gate, s->normed2, &l.gate, R, pass->dropout);
-    stv_linear_forward(x, s->up, s->u_up, s->normed2, &l.up, R, pass->dropout);
-    stv_swiglu_forward(x, s->act, s->gate, s->up, R * F);
+    stv_rmsnorm_forward(x, normed, s->rstd2, s->mid, l.post_norm, R, D, c->rms_norm_eps);
+    stv_linear_forward(x, s->gate, s->u_gate, normed, &l.gate, R, pass->dropout);
+    stv_linear_forward(x, s->up, s->u_up, normed, &l.up, R, pass->dropout);
+    stv_swiglu_forward(x, act, s->gate, s->up, R * F);
     if (!out) {
         stv_linear only_u = l.down;
         only_u.n_out = 0;
-        stv_linear_forward(x, NULL, s->u_down, s->act, &only_u, R, pass->dropout);
-        return;
+        stv_linear_forward(x, NULL, s->u_down, act, &only_u, R, pass->dropout);
+    } else {
+        stv_linear_forward(x, out, s->u_down, act, &l.down, R, pass->dropout);
+        stv_add(x, out, out, s->mid, R * D);
     }
-    stv_linear_forward(x, out, s->u_down, s->act, &l.down, R, pass->dropout);
-    stv_add(x, out, out, s->mid, R * D);
+    stv_arena_release(x->arena, mark);
 }
 
 /* d (R,D): gradient of the layer's output; becomes the gradient of its input, if input_grad. */
@@ -123,14 +124,17 @@ static void layer_backward(stv_exec *x, real *d, const stv_decoder_pass *pass, i
     const layer l = resolve(pass->weights, i_layer);
     int64_t R = pass->n_rows, D = c->hidden_size, F = c->intermediate_size, q_size = l.q.n_out, kv_size = l.k.n_out;
     size_t mark = stv_arena_mark(x->arena);
-    real *dnormed = stv_reals(x, R, D);
+    real *dnormed = stv_reals(x, R, D), *normed = stv_reals(x, R, D);
 
     size_t mlp_mark = stv_arena_mark(x->arena);
     real *dact = stv_reals(x, R, F), *dgate = stv_reals(x, R, F), *dup = stv_reals(x, R, F);
-    stv_linear_backward(x, dact, d, s->act, s->u_down, &l.down, R, pass->dropout);
+    real *act = dgate; /* until swiglu_backward */
+    if (stv_linear_trains(&l.down)) stv_swiglu_forward(x, act, s->gate, s->up, R * F);
+    stv_linear_backward(x, dact, d, act, s->u_down, &l.down, R, pass->dropout);
     stv_swiglu_backward(x, dgate, dup, dact, s->gate, s->up, R * F);
-    stv_linear_backward(x, dnormed, dup, s->normed2, s->u_up, &l.up, R, pass->dropout);
-    stv_linear_backward_add(x, dnormed, dgate, s->normed2, s->u_gate, &l.gate, R, pass->dropout);
+    if (stv_linear_trains(&l.up) || stv_linear_trains(&l.gate)) stv_rmsnorm_forward(x, normed, s->rstd2, s->mid, l.post_norm, R, D, c->rms_norm_eps);
+    stv_linear_backward(x, dnormed, dup, normed, s->u_up, &l.up, R, pass->dropout);
+    stv_linear_backward_add(x, dnormed, dgate, normed, s->u_gate, &l.gate, R, pass->dropout);
     stv_rmsnorm_backward_add(x, d, l.dpost_norm, dnormed, s->mid, l.post_norm, s->rstd2, R, D);
     stv_arena_release(x->arena, mlp_mark);
 
@@ -141,9 +145,11 @@ static void layer_backward(stv_exec *x, real *d, const stv_decoder_pass *pass, i
     stv_rope_backward(x, dk, pass->angles, R, c->n_kv_heads, c->head_dim);
     stv_rope_backward(x, dq, pass->angles, R, c->n_heads, c->head_dim);
     real *din = input_grad || l.dinput_norm ? dnormed : NULL;
-    stv_linear_backward(x, din, dv, s->normed1, s->u_v, &l.v, R, pass->dropout);
-    stv_linear_backward_add(x, din, dk, s->normed1, s->u_k, &l.k, R, pass->dropout);
-    stv_linear_backward_add(x, din, dq, s->normed1, s->u_q, &l.q, R, pass->dropout);
+    if (stv_linear_trains(&l.q) || stv_linear_trains(&l.k) || stv_linear_trains(&l.v))
+        stv_rmsnorm_forward(x, normed, s->rstd1, s->in, l.input_norm, R, D, c->rms_norm_eps);
+    stv_linear_backward(x, din, dv, normed, s->u_v, &l.v, R, pass->dropout);
+    stv_linear_backward_add(x, din, dk, normed, s->u_k, &l.k, R, pass->dropout);
+    stv_linear_backward_add(x, din, dq, normed, s->u_q, &l.q, R, pass->dropout);
     if (din) stv_rmsnorm_backward_add(x, d, l.dinput_norm, dnormed, s->in, l.input_norm, s->rstd1, R, D);
     stv_arena_release(x->arena, mark);
 }

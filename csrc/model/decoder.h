@@ -26,10 +26,10 @@ typedef struct stv_decoder_cache {
 } stv_decoder_cache;
 
 typedef struct stv_decoder_saved {                        /* one layer, for backward; D width, F intermediate size */
-    real *in, *normed1, *rstd1;                           /* (R,D) (R,D) (R) */
+    real *in, *rstd1;                                     /* (R,D) (R) */
     real *q, *k, *v, *attn, *lse;                         /* (R, heads, head_dim) ...; lse (R,H) */
-    real *mid, *normed2, *rstd2;                          /* (R,D): after attention */
-    real *gate, *up, *act;                                /* (R,F) */
+    real *mid, *rstd2;                                    /* (R,D) (R): after attention */
+    real *gate, *up;                                      /* (R,F) */
     real *u_q, *u_k, *u_v, *u_o, *u_gate, *u_up, *u_down; /* of the adapters */
 } stv_decoder_saved;
 

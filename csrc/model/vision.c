@@ -44,7 +44,6 @@ static void layer_forward(stv_exec *x, real *out, const stv_vision_pass *pass, i
     const stv_vision_config *c = config_of(pass);
     const layer l = resolve(pass->weights, i_layer);
     int64_t R = pass->rows->n_rows, E = c->hidden_size, F = c->intermediate_size;
-    s->normed1 = stv_reals(x, R, E);
     s->stats1 = stv_reals(x, R, 2);
     s->q = stv_reals(x, R, E);
     s->k = stv_reals(x, R, E);
@@ -52,37 +51,38 @@ static void layer_forward(stv_exec *x, real *out, const stv_vision_pass *pass, i
     s->attn = stv_reals(x, R, E);
     s->lse = stv_reals(x, R, c->n_heads);
     s->mid = stv_reals(x, R, E);
-    s->normed2 = stv_reals(x, R, E);
     s->stats2 = stv_reals(x, R, 2);
     s->hidden = stv_reals(x, R, F);
-    s->act = stv_reals(x, R, F);
     s->u_q = stv_lora_reals(x, R, &l.q);
     s->u_k = stv_lora_reals(x, R, &l.k);
     s->u_v = stv_lora_reals(x, R, &l.v);
     s->u_out = stv_lora_reals(x, R, &l.out);
     s->u_fc1 = stv_lora_reals(x, R, &l.fc1);
     s->u_fc2 = stv_lora_reals(x, R, &l.fc2);
+    size_t mark = stv_arena_mark(x->arena);
+    real *normed = stv_reals(x, R, E), *act = stv_reals(x, R, F);
 
-    stv_layernorm_forward(x, s->normed1, s->stats1, s->in, &l.norm1, R, E);
-    stv_linear_forward(x, s->q, s->u_q, s->normed1, &l.q, R, pass->dropout);
-    stv_linear_forward(x, s->k, s->u_k, s->normed1, &l.k, R, pass->dropout);
-    stv_linear_forward(x, s->v, s->u_v, s->normed1, &l.v, R, pass->dropout);
+    stv_layernorm_forward(x, normed, s->stats1, s->in, &l.norm1, R, E);
+    stv_linear_forward(x, s->q, s->u_q, normed, &l.q, R, pass->dropout);
+    stv_linear_forward(x, s->k, s->u_k, normed, &l.k, R, pass->dropout);
+    stv_linear_forward(x, s->v, s->u_v, normed, &l.v, R, pass->dropout);
     stv_attention_forward(x, s->attn, s->lse, s->q, s->k, s->v, &pass->rows->plan, shape_of(c));
     stv_linear_forward(x, s->mid, s->u_out, s->attn, &l.out, R, pass->dropout);
     stv_add(x, s->mid, s->mid, s->in, R * E);
 
-    stv_layernorm_forward(x, s->normed2, s->stats2, s->mid, &l.norm2, R, E);
-    stv_linear_forward(x, s->hidden, s->u_fc1, s->normed2, &l.fc1, R, pass->dropout);
-    stv_activation_forward(x, s->act, s->hidden, R * F, (stv_activation)c->activation);
+    stv_layernorm_forward(x, normed, s->stats2, s->mid, &l.norm2, R, E);
+    stv_linear_forward(x, s->hidden, s->u_fc1, normed, &l.fc1, R, pass->dropout);
+    stv_activation_forward(x, act, s->hidden, R * F, (stv_activation)c->activation);
     if (!out) {
         stv_linear only_u = l.fc2;
         only_u.n_out = 0;
         only_u.bias = NULL;
-        stv_linear_forward(x, NULL, s->u_fc2, s->act, &only_u, R, pass->dropout);
-        return;
+        stv_linear_forward(x, NULL, s->u_fc2, act, &only_u, R, pass->dropout);
+    } else {
+        stv_linear_forward(x, out, s->u_fc2, act, &l.fc2, R, pass->dropout);
+        stv_add(x, out, out, s->mid, R * E);
     }
-    stv_linear_forward(x, out, s->u_fc2, s->act, &l.fc2, R, pass->dropout);
-    stv_add(x, out, out, s->mid, R * E);
+    stv_arena_release(x->arena, mark);
 }
 
 /* d (R,E): gradient of the layer's output; becomes the gradient of its input, if input_grad. */
@@ -93,13 +93,15 @@ static void layer_backward(stv_exec *x, real *d, const stv_vision_pass *pass, in
     const layer l = resolve(pass->weights, i_layer);
     int64_t R = pass->rows->n_rows, E = c->hidden_size, F = c->intermediate_size;
     size_t mark = stv_arena_mark(x->arena);
-    real *dnormed = stv_reals(x, R, E);
+    real *dnormed = stv_reals(x, R, E), *normed = stv_reals(x, R, E);
 
     size_t mlp_mark = stv_arena_mark(x->arena);
-    real *dhidden = stv_reals(x, R, F);
-    stv_linear_backward(x, dhidden, d, s->act, s->u_fc2, &l.fc2, R, pass->dropout);
+    real *dhidden = stv_reals(x, R, F), *act = stv_reals(x, R, F);
+    if (stv_linear_trains(&l.fc2)) stv_activation_forward(x, act, s->hidden, R * F, (stv_activation)c->activation);
+    stv_linear_backward(x, dhidden, d, act, s->u_fc2, &l.fc2, R, pass->dropout);
     stv_activation_backward(x, dhidden, dhidden, s->hidden, R * F, (stv_activation)c->activation);
-    stv_linear_backward(x, dnormed, dhidden, s->normed2, s->u_fc1, &l.fc1, R, pass->dropout);
+    if (stv_linear_trains(&l.fc1)) stv_layernorm_forward(x, normed, s->stats2, s->mid, &l.norm2, R, E);
+    stv_linear_backward(x, dnormed, dhidden, normed, s->u_fc1, &l.fc1, R, pass->dropout);
     stv_layernorm_backward_add(x, d, dnormed, s->mid, s->stats2, &l.norm2, R, E);
     stv_arena_release(x->arena, mlp_mark);
 
@@ -108,9 +110,11 @@ static void layer_backward(stv_exec *x, real *d, const stv_vision_pass *pass, in
     stv_linear_backward(x, dattn, d, s->attn, s->u_out, &l.out, R, pass->dropout);
     stv_attention_backward(x, dq, dk, dv, dattn, &saved, &pass->rows->plan, shape_of(c), R);
     real *din = input_grad || stv_norm_trains(&l.norm1) ? dnormed : NULL;
-    stv_linear_backward(x, din, dv, s->normed1, s->u_v, &l.v, R, pass->dropout);
-    stv_linear_backward_add(x, din, dk, s->normed1, s->u_k, &l.k, R, pass->dropout);
-    stv_linear_backward_add(x, din, dq, s->normed1, s->u_q, &l.q, R, pass->dropout);
+    if (stv_linear_trains(&l.q) || stv_linear_trains(&l.k) || stv_linear_trains(&l.v))
+        stv_layernorm_forward(x, normed, s->stats1, s->in, &l.norm1, R, E);
+    stv_linear_backward(x, din, dv, normed, s->u_v, &l.v, R, pass->dropout);
+    stv_linear_backward_add(x, din, dk, normed, s->u_k, &l.k, R, pass->dropout);
+    stv_linear_backward_add(x, din, dq, normed, s->u_q, &l.q, R, pass->dropout);
     if (din) stv_layernorm_backward_add(x, d, dnormed, s->in, s->stats1, &l.norm1, R, E);
     stv_arena_release(x->arena, mark);
 }

@@ -16,10 +16,10 @@
 #define stv_vision_backward STV_TYPED(stv_vision_backward)
 
 typedef struct stv_vision_saved {                  /* one layer, for backward; R rows, E width, F intermediate size */
-    real *in, *normed1, *stats1;                   /* (R,E) (R,E) (R,2) */
+    real *in, *stats1;                             /* (R,E) (R,2) */
     real *q, *k, *v, *attn, *lse;                  /* (R,E) ...; lse (R,H) */
-    real *mid, *normed2, *stats2;                  /* (R,E): after attention */
-    real *hidden, *act;                            /* (R,F) */
+    real *mid, *stats2;                            /* (R,E) (R,2): after attention */
+    real *hidden;                                  /* (R,F) */
     real *u_q, *u_k, *u_v, *u_out, *u_fc1, *u_fc2; /* of the adapters */
 } stv_vision_saved;
 
