@@ -1,5 +1,7 @@
 #include "ops/gemm_blas.h"
 
+#include "base/cpu.h"
+
 #ifdef STV_HAVE_BLAS
 
 #ifdef STV_BLAS_BUNDLED /* the scipy-openblas32 wheel prefixes its symbols */
@@ -32,7 +34,7 @@ static void compute_rows(void *arg, int64_t i_task, int i_worker)
 
 bool stv_gemm_blas_tn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    if (M * N < SMALLEST || K < 1 || M > INT32_MAX || N > INT32_MAX || K > INT32_MAX) return false;
+    if (stv_cpu() == STV_CPU_AVX512 || M * N < SMALLEST || K < 1 || M > INT32_MAX || N > INT32_MAX || K > INT32_MAX) return false;
     product p = {y, a, b, M, N, K, add ? 1 : 0};
     if (!stv_measuring(x)) stv_pool_run(x->pool, (M + BLOCK_ROWS - 1) / BLOCK_ROWS, compute_rows, &p);
     return true;
