@@ -25,8 +25,8 @@ USE = "Research use only: not a medical device, not for diagnosis or treatment."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 an error of the user's data or settings, or no memory (one line on stderr), 2 bad command line, 130 interrupted, 143 stopped
-    by SIGTERM after a checkpoint was written."""
+    """Exit codes: 0 done, 1 an error of the user's data or settings, or no memory (one line on stderr), 2 bad command line, 130 interrupted,
+    143 stopped by SIGTERM after a checkpoint was written."""
     parser = argparse.ArgumentParser(prog="stllava", description=f"Self-training of medical vision-language models. {USE}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     words = sys.argv[1:] if argv is None else list(argv)
@@ -114,7 +114,8 @@ def _data_flags(parser: argparse.ArgumentParser, template: str) -> None:
     parser.add_argument("--version", default=template, help="conversation template")
     parser.add_argument("--model_max_length", type=int, default=2048, help="rows of a sample, image rows included")
     parser.add_argument("--on_bad_sample", choices=("error", "skip"), default="error")
-    for name, default in (("lora_r", 64), ("lora_alpha", 16), ("lora_dropout", 0.05), ("lora_r_vit", 32), ("lora_alpha_vit", 64), ("lora_dropout_vit", 0.0)):
+    for name, default in (("lora_r", 64), ("lora_alpha", 16), ("lora_dropout", 0.05),
+                          ("lora_r_vit", 32), ("lora_alpha_vit", 64), ("lora_dropout_vit", 0.0)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--lora_enable", type=parse_bool, nargs="?", const=True, default=False)
     parser.add_argument("--vit_lora_enable", type=parse_bool, nargs="?", const=True, default=False)
@@ -222,7 +223,8 @@ def run_answer(args: argparse.Namespace) -> None:
     from .paths import inside
     from .selftrain.answer import AnswerSettings, answer
     folder = Path(args.image_folder)
-    answer(_model(args), read_jsonl(args.questions), lambda name: str(inside(folder, name)), AnswerSettings(**take_fields(args, AnswerSettings)), out=args.out)
+    settings = AnswerSettings(**take_fields(args, AnswerSettings))
+    answer(_model(args), read_jsonl(args.questions), lambda name: str(inside(folder, name)), settings, out=args.out)
 
 
 def add_judge(parser: argparse.ArgumentParser) -> None:
@@ -277,8 +279,8 @@ def run_eval(args: argparse.Namespace) -> None:
     from .paths import inside
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
-    answers = answer_questions(_model(args), items, lambda name: str(inside(folder, name)), template=args.conv_mode, max_new_tokens=args.max_new_tokens,
-                               out=args.answers_file)
+    answers = answer_questions(_model(args), items, lambda name: str(inside(folder, name)), template=args.conv_mode,
+                               max_new_tokens=args.max_new_tokens, out=args.answers_file)
     print_report(evaluate_vqa(items, answers, args.metrics))
 
 

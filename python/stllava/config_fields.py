@@ -38,7 +38,8 @@ class FileConfig:
 
     @classmethod
     def _keys(cls) -> list[str]:
-        return [f.name for f in dataclasses.fields(cls) if f.name not in ("extra", *cls._derived)]  # type: ignore[arg-type]
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # its subclasses are dataclasses
+        return [f.name for f in fields if f.name not in ("extra", *cls._derived)]
 
     @classmethod
     def _split(cls, values: Mapping[str, Any]) -> dict[str, Any]:

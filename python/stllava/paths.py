@@ -19,7 +19,8 @@ def inside(folder: str | os.PathLike[str], name: object, also: Iterable[Path] = 
     folder = Path(folder)
 
     def refuse(why: str) -> FormatError:
-        return FormatError(f"file {str(name)[:120]!r} lies outside the directory {folder}: {why}; want a relative path that stays inside", path=folder)
+        return FormatError(f"file {str(name)[:120]!r} lies outside the directory {folder}: {why}; want a relative path that stays inside",
+                           path=folder)
 
     if not isinstance(name, str) or not name:
         raise refuse(f"it is a {type(name).__name__}" if not isinstance(name, str) else "it is empty")

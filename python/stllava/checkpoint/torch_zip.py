@@ -166,7 +166,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> Non
     for name in tensors:
         check_name(name, path)
     with (atomic.writing(path, n_bytes=sum(array.nbytes for array in tensors.values())) as file,
-          zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive):  # type: ignore[call-overload]  # typeshed asks for a close() that is never called
+          zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive):  # type: ignore[call-overload]  # typeshed asks for close(), never called
         _add(archive, f"{root}/data.pkl", torch_pickle.dump(tensors))
         _add(archive, f"{root}/byteorder", b"little")
         for key, array in enumerate(tensors.values()):

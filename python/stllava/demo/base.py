@@ -73,7 +73,8 @@ def train_tokenizer(path: Path, seed: int) -> Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCABULARY, character_coverage=1.0,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n"], num_threads=1, max_sentence_length=8192, minloglevel=2)
+        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n"], num_threads=1, max_sentence_length=8192,
+        minloglevel=2)
     write_bytes(path, model.getvalue())
     return Tokenizer(str(path), model_max_length=LENGTH)
 
@@ -162,7 +163,8 @@ def train_base(out: Path, *, seed: int = 0, num_threads: int = 0, steps: int = S
         "what": "base model of the stllava demo, random start", "command": "make demo-base", "stllava": __version__, "seed": seed, "steps": steps,
         "images": n_images, "training_loss_mean": result.training_loss, "seconds": round(time.monotonic() - started, 1),
         "data": "atlas VQA, built from pictures inside pip packages; see python/stllava/demo/sources.py for files, digests and terms",
-        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(target.iterdir()) if path.suffix in (".safetensors", ".model")},
+        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                   for path in sorted(target.iterdir()) if path.suffix in (".safetensors", ".model")},
     }, indent=2) + "\n").encode())
     return target
 

@@ -130,7 +130,8 @@ def draw_types(one: Axes, results: Mapping[str, Any]) -> None:
     one.bar(places, free, width=0.92, color=COLOURS["baseline"], alpha=0.5, label="best image-free baseline")
     for number, name in enumerate(MODELS):
         values = [results["evaluation"][name]["by_type"][kind]["value"] for kind in kinds]
-        one.bar(places + (number - 1) * 0.26, values, width=0.24, color=COLOURS[name], label={"base": "base", "sft": "after SFT", "dpo": "after DPO"}[name])
+        label = {"base": "base", "sft": "after SFT", "dpo": "after DPO"}[name]
+        one.bar(places + (number - 1) * 0.26, values, width=0.24, color=COLOURS[name], label=label)
     one.set_xticks(places, [f"{kind}\n{found[kind]['metric']}" for kind in kinds], fontsize=7)
     one.set_ylim(0, 1.02)
     one.set_xlim(-0.6, len(kinds) - 0.4)

@@ -220,7 +220,8 @@ def self_train(model: LlavaModel, paths: atlas.AtlasPaths, pictures: Pictures, f
                 AskSettings(n_questions=settings.n_questions, max_new_tokens=MAX_NEW_TOKENS, description_max_new_tokens=MAX_NEW_TOKENS, seed=seed,
                             batch_size=64), out=folder / "questions.jsonl")
     answered = answer(model, asked, lambda name: pictures(names[name]),
-                      AnswerSettings(n_answers=settings.n_answers, max_new_tokens=MAX_NEW_TOKENS, seed=seed, batch_size=128), out=folder / "answers.jsonl")
+                      AnswerSettings(n_answers=settings.n_answers, max_new_tokens=MAX_NEW_TOKENS, seed=seed, batch_size=128),
+                      out=folder / "answers.jsonl")
     judged = judge(answered, by, out=folder / "judged.jsonl")
     pairs, dropped = build_pairs(judged, lambda name: names[name], PairSettings(seed=seed), type_of=classify)
 

@@ -1,4 +1,4 @@
-"""Step D: judged answers -> preference pairs in the original's training layout, with every dropped item counted by reason (spec D37, D38, D42, D45)."""
+"""Step D: judged answers -> preference pairs in the original's training layout; dropped items are counted by reason (spec D37, D38, D42, D45)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ def build_pairs(judged: Iterable[dict[str, Any]], image_of: Callable[[str], str]
 
     Args:
         judged: records of `judge`. image_of: id -> the file name written into the pair.
-        type_of: question -> its type, for balancing; None: a question that is not wanted ("unknown_question"). Default: all questions are of one type.
+        type_of: question -> its type, for balancing; None: a question that is not wanted ("unknown_question"). Default: all questions are
+            of one type.
 
     Returns:
         pairs (`chosen_conversations`, `reject_conversations`, `image`, `id`, and the provenance: question, type, both scores), and the number of
-        items dropped by reason: ``unknown_question``, ``one_answer`` (all answers equal or empty), ``unread`` (no readable reply), ``tie``, ``unbalanced``.
+        items dropped by reason: ``unknown_question``, ``one_answer`` (all answers equal or empty), ``unread`` (no readable reply), ``tie``,
+        ``unbalanced``.
     """
     dropped: Counter[str] = Counter({"unknown_question": 0, "one_answer": 0, "unread": 0, "tie": 0, "unbalanced": 0})
     pairs = []

@@ -21,8 +21,8 @@ _NORM = re.compile(r"(layernorm|layer_norm\d?|layrnorm|\.norm|ln_\d)\.(weight|bi
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroups:
-    """`order`: tensors in the order of the flat buffer. `base_lr`, `weight_decay`, `names`: per group. `spans[g]`: element ranges the optimiser updates;
-    tensors no output depends on are left out, so they never change, not even by decay."""
+    """`order`: tensors in the order of the flat buffer. `base_lr`, `weight_decay`, `names`: per group. `spans[g]`: element ranges the optimiser
+    updates; tensors no output depends on are left out, so they never change, not even by decay."""
 
     order: list[str]
     names: list[list[str]]

@@ -128,7 +128,8 @@ class Trainer:
                 if self.control.should_training_stop or terminated():
                     break
         if stopped := terminated():
-            checkpoint = self._save() if state.global_step > first and not self.control.should_save else output_dir / f"checkpoint-{state.global_step}"
+            is_saved = state.global_step == first or self.control.should_save
+            checkpoint = output_dir / f"checkpoint-{state.global_step}" if is_saved else self._save()
         updates = self.updater.n_updates
         if self.updater.groups.order:
             guard.at_end(updates)
