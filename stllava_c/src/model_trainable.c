@@ -1,6 +1,18 @@
 /* model_trainable.c - Model: adapters, and the flat buffers of what trains. */
 #include "model.h"
 
+/* A method without arguments. */
+static PyObject *call_core(PyObject *object, stv_status (*core)(stv_model *))
+{
+    model_object *self = (model_object *)object;
+    if (model_enter(self) < 0) return NULL;
+    stv_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = core(self->model);
+    Py_END_ALLOW_THREADS
+    return model_leave_with(self, status);
+}
+
 /* ---- adapters -------------------------------------------------------------------------------------------------------------------- */
 
 const char linear_modules_doc[] = "linear_modules($self)\n--\n\nNames of the modules that can carry an adapter: a list of str.";
@@ -56,13 +68,7 @@ const char merge_lora_doc[] = "merge_lora($self)\n--\n\n"
 PyObject *model_merge_lora(PyObject *object, PyObject *unused)
 {
     (void)unused;
-    model_object *self = (model_object *)object;
-    if (model_enter(self) < 0) return NULL;
-    stv_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = stv_model_merge_lora(self->model);
-    Py_END_ALLOW_THREADS
-    return model_leave_with(self, status);
+    return call_core(object, stv_model_merge_lora);
 }
 
 const char unmerge_lora_doc[] =
@@ -71,9 +77,7 @@ const char unmerge_lora_doc[] =
 PyObject *model_unmerge_lora(PyObject *object, PyObject *unused)
 {
     (void)unused;
-    model_object *self = (model_object *)object;
-    if (model_enter(self) < 0) return NULL;
-    return model_leave_with(self, stv_model_unmerge_lora(self->model));
+    return call_core(object, stv_model_unmerge_lora);
 }
 
 const char effective_weight_doc[] = "effective_weight($self, module)\n--\n\n"
@@ -181,13 +185,7 @@ const char zero_grad_doc[] = "zero_grad($self)\n--\n\nSets the gradient buffer t
 PyObject *model_zero_grad(PyObject *object, PyObject *unused)
 {
     (void)unused;
-    model_object *self = (model_object *)object;
-    if (model_enter(self) < 0) return NULL;
-    stv_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = stv_model_zero_grad(self->model);
-    Py_END_ALLOW_THREADS
-    return model_leave_with(self, status);
+    return call_core(object, stv_model_zero_grad);
 }
 
 static PyObject *flat_view(model_object *self, const char *name, void *(*get)(stv_model *))
