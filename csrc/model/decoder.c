@@ -105,13 +105,11 @@ static void layer_forward(stv_exec *x, real *out, const stv_decoder_pass *pass, 
     stv_linear_forward(x, s->gate, s->u_gate, normed, &l.gate, R, pass->dropout);
     stv_linear_forward(x, s->up, s->u_up, normed, &l.up, R, pass->dropout);
     stv_swiglu_forward(x, act, s->gate, s->up, R * F);
-    if (!out) {
-        stv_linear only_u = l.down;
-        only_u.n_out = 0;
-        stv_linear_forward(x, NULL, s->u_down, act, &only_u, R, pass->dropout);
-    } else {
+    if (out) {
         stv_linear_forward(x, out, s->u_down, act, &l.down, R, pass->dropout);
         stv_add(x, out, out, s->mid, R * D);
+    } else {
+        stv_linear_forward_u(x, s->u_down, act, &l.down, R, pass->dropout);
     }
     stv_arena_release(x->arena, mark);
 }

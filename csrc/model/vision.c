@@ -73,14 +73,11 @@ static void layer_forward(stv_exec *x, real *out, const stv_vision_pass *pass, i
     stv_layernorm_forward(x, normed, s->stats2, s->mid, &l.norm2, R, E);
     stv_linear_forward(x, s->hidden, s->u_fc1, normed, &l.fc1, R, pass->dropout);
     stv_activation_forward(x, act, s->hidden, R * F, (stv_activation)c->activation);
-    if (!out) {
-        stv_linear only_u = l.fc2;
-        only_u.n_out = 0;
-        only_u.bias = NULL;
-        stv_linear_forward(x, NULL, s->u_fc2, act, &only_u, R, pass->dropout);
-    } else {
+    if (out) {
         stv_linear_forward(x, out, s->u_fc2, act, &l.fc2, R, pass->dropout);
         stv_add(x, out, out, s->mid, R * E);
+    } else {
+        stv_linear_forward_u(x, s->u_fc2, act, &l.fc2, R, pass->dropout);
     }
     stv_arena_release(x->arena, mark);
 }

@@ -5,10 +5,10 @@
 #ifndef STV_MODEL_WEIGHTS_H
 #define STV_MODEL_WEIGHTS_H
 
-#include "base/alloc.h"
 #include "model/params.h"
 #include "ops/layernorm.h"
 #include "ops/linear.h"
+#include "ops/rows.h"
 
 #define stv_weights_init STV_TYPED(stv_weights_init)
 #define stv_weight STV_TYPED(stv_weight)
@@ -34,14 +34,6 @@ stv_norm stv_weights_norm(const stv_weights *weights, stv_affine affine, double 
 static inline bool stv_linear_trains(const stv_linear *lin) { return lin->dweight || lin->dbias || lin->lora.da || lin->lora.db; }
 
 static inline bool stv_norm_trains(const stv_norm *norm) { return norm->dweight || norm->dbias; }
-
-/* (rows, cols) reals in the arena. A size beyond size_t is refused when the measured arena is created. */
-static inline real *stv_reals(stv_exec *x, int64_t rows, int64_t cols)
-{
-    size_t size_bytes;
-    if (!stv_size_mul(&size_bytes, (size_t)rows, (size_t)cols) || !stv_size_mul(&size_bytes, size_bytes, sizeof(real))) size_bytes = SIZE_MAX;
-    return stv_arena_alloc(x->arena, size_bytes);
-}
 
 /* What an adapter keeps for backward, (rows,r). */
 static inline real *stv_lora_reals(stv_exec *x, int64_t rows, const stv_linear *lin)

@@ -8,10 +8,11 @@
 #include "ops/dropout.h"
 
 #include "base/rng.h"
+#include "ops/split.h"
 
 #include <string.h>
 
-#define ROWS_PER_TASK 16
+enum { ROW_GRAIN = 16 };
 
 typedef struct dropout_job {
     real *y;
@@ -41,12 +42,9 @@ static void drop_row(const dropout_job *job, int64_t row)
     }
 }
 
-static void drop_rows(void *arg, int64_t i_task, int i_worker)
+static void drop_rows(const void *arg, int64_t begin, int64_t end)
 {
-    (void)i_worker;
-    const dropout_job *job = arg;
-    int64_t end = (i_task + 1) * ROWS_PER_TASK < job->rows ? (i_task + 1) * ROWS_PER_TASK : job->rows;
-    for (int64_t row = i_task * ROWS_PER_TASK; row < end; row++) drop_row(job, row);
+    for (int64_t row = begin; row < end; row++) drop_row(arg, row);
 }
 
 void stv_dropout_apply(stv_exec *x, real *y, const real *in, int64_t rows, int64_t n, float p, uint32_t module_id, const stv_dropout *drop)
@@ -60,5 +58,5 @@ void stv_dropout_apply(stv_exec *x, real *y, const real *in, int64_t rows, int64
     job.threshold = (uint32_t)((double)p * 0x1p32);
     job.scale = (real)(1 / (1 - (double)p));
     stv_rng_key(job.key, drop->seed, STV_RNG_DROPOUT);
-    stv_pool_run(x->pool, (rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, drop_rows, &job);
+    stv_split(x, rows, ROW_GRAIN, drop_rows, &job);
 }

@@ -7,64 +7,52 @@
 
 #include "ops/gemm.h"
 #include "ops/rows.h"
+#include "ops/split.h"
 
 #include <string.h>
 
-#define ROWS_PER_TASK 64
-#define COLS_PER_TASK 64
-
 /* ---- bias ---------------------------------------------------------------------------------------------------------------- */
 
-typedef struct bias_job {
+typedef struct bias_args {
     real *y;          /* forward: (rows,n) */
     const real *bias; /* (n) */
     real *dbias;      /* backward: (n) */
     const real *dy;   /* (rows,n) */
     int64_t rows, n;
-} bias_job;
+} bias_args;
 
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t n_tasks(int64_t n, int64_t per_task) { return (n + per_task - 1) / per_task; }
-
-static void spread_rows(void *arg, int64_t i_task, int i_worker)
+static void spread_rows(const void *arg, int64_t begin, int64_t end)
 {
-    (void)i_worker;
-    const bias_job *job = arg;
-    int64_t end = min64((i_task + 1) * ROWS_PER_TASK, job->rows);
-    for (int64_t i = i_task * ROWS_PER_TASK; i < end; i++) memcpy(job->y + i * job->n, job->bias, (size_t)job->n * sizeof(real));
+    const bias_args *args = arg;
+    for (int64_t i = begin; i < end; i++) memcpy(args->y + i * args->n, args->bias, (size_t)args->n * sizeof(real));
 }
 
 /* Every row of y = bias; the product then adds to it. */
 static void bias_forward(stv_exec *x, real *y, const real *bias, int64_t rows, int64_t n)
 {
     if (stv_measuring(x)) return;
-    stv_pool_run(x->pool, n_tasks(rows, ROWS_PER_TASK), spread_rows, &(bias_job){.y = y, .bias = bias, .rows = rows, .n = n});
+    stv_split(x, rows, stv_row_grain(n), spread_rows, &(bias_args){.y = y, .bias = bias, .n = n});
 }
 
-static void sum_columns(void *arg, int64_t i_task, int i_worker)
+static void sum_columns(const void *arg, int64_t begin, int64_t end)
 {
-    (void)i_worker;
-    const bias_job *job = arg;
-    int64_t begin = i_task * COLS_PER_TASK, count = min64(COLS_PER_TASK, job->n - begin);
-    double sum[COLS_PER_TASK] = {0};
-    for (int64_t i = 0; i < job->rows; i++)
-        for (int64_t j = 0; j < count; j++) sum[j] += job->dy[i * job->n + begin + j];
-    for (int64_t j = 0; j < count; j++) job->dbias[begin + j] += (real)sum[j];
+    const bias_args *args = arg;
+    double sum[STV_COLUMN_GRAIN] = {0};
+    for (int64_t i = 0; i < args->rows; i++)
+        for (int64_t j = begin; j < end; j++) sum[j - begin] += args->dy[i * args->n + j];
+    for (int64_t j = begin; j < end; j++) args->dbias[j] += (real)sum[j - begin];
 }
 
 /* dbias += sum of the rows of dy, in row order. */
 static void bias_backward(stv_exec *x, real *dbias, const real *dy, int64_t rows, int64_t n)
 {
     if (stv_measuring(x)) return;
-    stv_pool_run(x->pool, n_tasks(n, COLS_PER_TASK), sum_columns, &(bias_job){.dbias = dbias, .dy = dy, .rows = rows, .n = n});
+    stv_split(x, n, STV_COLUMN_GRAIN, sum_columns, &(bias_args){.dbias = dbias, .dy = dy, .rows = rows, .n = n});
 }
 
 /* ---- linear -------------------------------------------------------------------------------------------------------------- */
 
 static bool drops(const stv_lora *lora, const stv_dropout *drop) { return drop && lora->dropout > 0; }
-
-static real *alloc_reals(stv_exec *x, int64_t rows, int64_t n) { return stv_arena_alloc(x->arena, (size_t)rows * (size_t)n * sizeof(real)); }
 
 /* y = s in; y may be in. */
 static void scaled(stv_exec *x, real *y, const real *in, int64_t n, real scale)
@@ -78,18 +66,23 @@ void stv_linear_forward(stv_exec *x, real *y, real *u, const real *in, const stv
     const stv_lora *lora = &lin->lora;
     if (lin->bias) bias_forward(x, y, lin->bias, rows, lin->n_out);
     stv_matmul_nt(x, y, in, lin->weight, rows, lin->n_out, lin->n_in, lin->bias != NULL);
-    if (lora->rank == 0) return;
+    stv_linear_forward_u(x, u, in, lin, rows, drop);
+    if (lora->rank > 0) stv_matmul_nt(x, y, u, lora->b, rows, lin->n_out, lora->rank, true);
+}
 
+void stv_linear_forward_u(stv_exec *x, real *u, const real *in, const stv_linear *lin, int64_t rows, const stv_dropout *drop)
+{
+    const stv_lora *lora = &lin->lora;
+    if (lora->rank == 0) return;
     size_t mark = stv_arena_mark(x->arena);
     const real *dropped = in;
     if (drops(lora, drop)) {
-        real *scratch = alloc_reals(x, rows, lin->n_in);
+        real *scratch = stv_reals(x, rows, lin->n_in);
         stv_dropout_apply(x, scratch, in, rows, lin->n_in, lora->dropout, lora->module_id, drop);
         dropped = scratch;
     }
     stv_matmul_nt(x, u, dropped, lora->a, rows, lora->rank, lin->n_in, false);
     scaled(x, u, u, rows * lora->rank, lora->scale);
-    stv_matmul_nt(x, y, u, lora->b, rows, lin->n_out, lora->rank, true);
     stv_arena_release(x->arena, mark);
 }
 
@@ -101,8 +94,8 @@ static void lora_backward(stv_exec *x, real *din, const real *dy, const real *in
     if (!lora->da && !din) return;
 
     size_t mark = stv_arena_mark(x->arena);
-    real *du = alloc_reals(x, rows, lora->rank);
-    real *scratch = drops(lora, drop) ? alloc_reals(x, rows, lin->n_in) : NULL;
+    real *du = stv_reals(x, rows, lora->rank);
+    real *scratch = drops(lora, drop) ? stv_reals(x, rows, lin->n_in) : NULL;
     stv_matmul_nn(x, du, dy, lora->b, rows, lora->rank, lin->n_out, false);
     scaled(x, du, du, rows * lora->rank, lora->scale);
     if (lora->da) {
@@ -148,7 +141,7 @@ void stv_linear_merge(stv_exec *x, real *merged, const stv_linear *lin)
     if (!stv_measuring(x) && merged != lin->weight) memcpy(merged, lin->weight, (size_t)(lin->n_out * lin->n_in) * sizeof *merged);
     if (lora->rank == 0) return;
     size_t mark = stv_arena_mark(x->arena);
-    real *scaled_b = alloc_reals(x, lin->n_out, lora->rank);
+    real *scaled_b = stv_reals(x, lin->n_out, lora->rank);
     scaled(x, scaled_b, lora->b, lin->n_out * lora->rank, lora->scale);
     stv_matmul_nn(x, merged, scaled_b, lora->a, lin->n_out, lin->n_in, lora->rank, true);
     stv_arena_release(x->arena, mark);

@@ -8,6 +8,7 @@
 #include "ops/dropout.h"
 
 #define stv_linear_forward STV_TYPED(stv_linear_forward)
+#define stv_linear_forward_u STV_TYPED(stv_linear_forward_u)
 #define stv_linear_backward STV_TYPED(stv_linear_backward)
 #define stv_linear_backward_add STV_TYPED(stv_linear_backward_add)
 #define stv_linear_merge STV_TYPED(stv_linear_merge)
@@ -33,6 +34,8 @@ typedef struct stv_linear {
 
 /* y (rows,N) from in (rows,K). Fills u (rows,r) = s drop(in) A^T, which backward needs; u may be NULL when rank = 0. */
 void stv_linear_forward(stv_exec *x, real *y, real *u, const real *in, const stv_linear *lin, int64_t rows, const stv_dropout *drop);
+/* u alone, with the same bits: all that backward needs of the last linear of a layer that is computed again. */
+void stv_linear_forward_u(stv_exec *x, real *u, const real *in, const stv_linear *lin, int64_t rows, const stv_dropout *drop);
 
 /* From dy (rows,N): din (rows,K) overwritten, or added to by the _add form (q, k and v share their input); NULL: not wanted.
  * Weight, bias, A and B gradients add. `in`, `u` and `drop` as in forward. */

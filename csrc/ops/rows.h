@@ -2,10 +2,12 @@
 #ifndef STV_OPS_ROWS_H
 #define STV_OPS_ROWS_H
 
+#include "base/alloc.h"
 #include "base/exec.h"
 #include "tensor/real.h"
 
 #include <stdbool.h>
+#include <stdint.h>
 
 #define stv_zero STV_TYPED(stv_zero)
 #define stv_copy STV_TYPED(stv_copy)
@@ -15,6 +17,14 @@
 #define stv_all_finite STV_TYPED(stv_all_finite)
 #define stv_splice_forward STV_TYPED(stv_splice_forward)
 #define stv_splice_backward STV_TYPED(stv_splice_backward)
+
+/* (rows,D) reals in the arena, uninitialised. A size beyond size_t is refused when the measured arena is created. */
+static inline real *stv_reals(stv_exec *x, int64_t rows, int64_t D)
+{
+    size_t size_bytes;
+    if (!stv_size_mul(&size_bytes, (size_t)rows, (size_t)D) || !stv_size_mul(&size_bytes, size_bytes, sizeof(real))) size_bytes = SIZE_MAX;
+    return stv_arena_alloc(x->arena, size_bytes);
+}
 
 void stv_zero(stv_exec *x, real *y, int64_t n);
 void stv_copy(stv_exec *x, real *y, const real *in, int64_t n);

@@ -62,6 +62,12 @@ static void forward(stv_exec *x, void *context)
     stv_linear_forward(x, l->y, l->u, l->in, &l->lin, l->rows, l->drop);
 }
 
+static void forward_u(stv_exec *x, void *context)
+{
+    layer *l = context;
+    stv_linear_forward_u(x, l->u, l->in, &l->lin, l->rows, l->drop);
+}
+
 static void backward(stv_exec *x, void *context)
 {
     layer *l = context;
@@ -266,6 +272,17 @@ static void merged_equals_unmerged(void)
     CHECK_SAME_BITS("rank 0", same, l.weight, (size_t)(s.N * s.K) * sizeof(real));
 }
 
+static void u_alone(void)
+{
+    setup s = {70, 41, 130, 5, true, true};
+    layer l = make_layer(s), again = make_layer(s);
+    with_dropout(&l, true);
+    with_dropout(&again, true);
+    check_exec(2, forward, &l);
+    check_exec(1, forward_u, &again);
+    CHECK_SAME_BITS("u", again.u, l.u, (size_t)(s.rows * s.rank) * sizeof(real));
+}
+
 static void a_row_does_not_see_its_batch(void)
 {
     setup s = {40, 70, 50, 6, true, true};
@@ -310,6 +327,7 @@ static const check_case cases[] = {
     {"frozen parts and adding", frozen_parts_and_adding},
     {"adapter identities", adapter_identities},
     {"merged equals unmerged", merged_equals_unmerged},
+    {"u alone", u_alone},
     {"a row does not see its batch", a_row_does_not_see_its_batch},
     {"steady step allocates nothing", steady_step_allocates_nothing},
 };
