@@ -27,10 +27,12 @@
 #define B_BLOCK_BYTES 2048 /* 512 columns of floats: with 256 rows, 512 KB of the L2 cache; wider packs a less often */
 #define SMALL_FLOP 200000  /* below, waking a thread costs more than it brings */
 #define BLOCKS_PER_THREAD 2
-#define GROUP 4                          /* strips packed at once */
-#define A_STRIDE (STV_GEMM_K_BLOCK + 16) /* of packed rows of a: 17 cache lines, so that rows lie in different sets */
-#define A_IN_PLACE 3                     /* panels */
-#define B_IN_PLACE 2                     /* strips */
+#define GROUP 4                             /* strips packed at once */
+#define A_STRIDE (STV_GEMM_K_BLOCK + 16)    /* of packed rows of a: 17 cache lines, so that rows lie in different sets */
+#define A_IN_PLACE 3                        /* panels */
+#define MAX_PANELS (B_BLOCK_BYTES / 32 + 1) /* no tile is narrower than 32 bytes */
+#define B_IN_PLACE 2                        /* strips */
+#define SMALL_B (1 << 15)                   /* bytes that stay in L1 as they lie */
 
 /* ---- kernels ------------------------------------------------------------------------------------------------------------- */
 
@@ -95,42 +97,40 @@ static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* panel (depth, n_cols) = columns j0.. of b, rows k0..; columns beyond `cols` zero. */
-static void pack_b(const product *p, char *panel, int64_t j0, int64_t cols, int64_t k0, int64_t depth)
+/* Strips of equal height and panels of equal width, because a tile of few rows or one vector does not keep the FMA units busy. */
+typedef struct piece {
+    int64_t begin, count;
+} piece;
+
+/* Piece i of n of [begin,end), cut at multiples of `unit` from begin. */
+static piece get_piece(int64_t begin, int64_t end, int64_t i, int64_t n, int64_t unit)
 {
-    int64_t size = p->kernel->size_bytes, width = p->kernel->n_cols;
-    if (cols < width) memset(panel, 0, (size_t)(depth * width * size));
-    if (p->b.transposed) {
-        p->kernel->transpose(panel, width, p->b.data + (j0 * p->K + k0) * size, p->K, cols, depth);
-        return;
-    }
-    p->kernel->copy(panel, width, p->b.data + (k0 * p->N + j0) * size, p->N, depth, cols);
+    int64_t n_units = ceil_div(end - begin, unit), from = begin + n_units * i / n * unit;
+    return (piece){from, min64(begin + n_units * (i + 1) / n * unit, end) - from};
 }
 
-/* Strips of equal height, because a tile of few rows does not keep the FMA units busy. */
-typedef struct strip {
-    int64_t row, rows; /* of y */
-} strip;
-
-static strip get_strip(int64_t begin, int64_t end, int64_t i_strip, int64_t n_strips)
+/* panel (depth, n_cols) = some columns of b, rows k0..; beyond them zero, as far as a tile reads. */
+static void pack_b(const product *p, char *panel, piece cols, int64_t k0, int64_t depth)
 {
-    int64_t row = begin + (end - begin) * i_strip / n_strips;
-    return (strip){row, begin + (end - begin) * (i_strip + 1) / n_strips - row};
+    int64_t size = p->kernel->size_bytes, width = p->kernel->n_cols;
+    if (cols.count % p->kernel->n_lanes) memset(panel, 0, (size_t)(depth * width * size));
+    if (p->b.transposed) p->kernel->transpose(panel, width, p->b.data + (cols.begin * p->K + k0) * size, p->K, cols.count, depth);
+    else p->kernel->copy(panel, width, p->b.data + (k0 * p->N + cols.begin) * size, p->N, depth, cols.count);
 }
 
 /* packed (n, n_rows, A_STRIDE): several strips, so that a transposed a is read in whole cache lines, each once. */
-static void pack_a(const product *p, char *packed, const strip *strips, int n, int64_t k0, int64_t depth)
+static void pack_a(const product *p, char *packed, const piece *strips, int n, int64_t k0, int64_t depth)
 {
     int64_t size = p->kernel->size_bytes, strip_bytes = p->kernel->n_rows * A_STRIDE * size;
     if (p->a.transposed) {
         for (int64_t k = 0; k < depth; k += 8)
             for (int i = 0; i < n; i++)
-                p->kernel->transpose(packed + i * strip_bytes + k * size, A_STRIDE, p->a.data + ((k0 + k) * p->M + strips[i].row) * size, p->M,
-                                     min64(8, depth - k), strips[i].rows);
+                p->kernel->transpose(packed + i * strip_bytes + k * size, A_STRIDE, p->a.data + ((k0 + k) * p->M + strips[i].begin) * size, p->M,
+                                     min64(8, depth - k), strips[i].count);
         return;
     }
     for (int i = 0; i < n; i++)
-        p->kernel->copy(packed + i * strip_bytes, A_STRIDE, p->a.data + (strips[i].row * p->K + k0) * size, p->K, strips[i].rows, depth);
+        p->kernel->copy(packed + i * strip_bytes, A_STRIDE, p->a.data + (strips[i].begin * p->K + k0) * size, p->K, strips[i].count, depth);
 }
 
 /* Where a tile finds its part of an operand. */
@@ -143,34 +143,36 @@ static void compute_block(void *arg, int64_t i_task, int i_worker)
 {
     const product *p = arg;
     const stv_gemm_kernel *kernel = p->kernel;
-    int64_t size = kernel->size_bytes, width = kernel->n_cols;
+    int64_t size = kernel->size_bytes, width = kernel->n_cols, lanes = kernel->n_lanes;
     int64_t i_m = i_task / p->n_n_blocks, i_n = i_task % p->n_n_blocks;
     int64_t m_begin = p->M * i_m / p->n_m_blocks, m_end = p->M * (i_m + 1) / p->n_m_blocks;
     int64_t n_begin = p->n_block * i_n, n_end = min64(n_begin + p->n_block, p->N);
     int64_t n_strips = ceil_div(m_end - m_begin, kernel->n_rows), strip_bytes = kernel->n_rows * A_STRIDE * size;
+    int64_t n_panels = ceil_div(n_end - n_begin, width);
     char *rows_of_a = p->scratch + (size_t)i_worker * p->worker_bytes, *panels = rows_of_a + p->a_bytes;
+    piece cols[MAX_PANELS];
+    for (int64_t i = 0; i < n_panels; i++) cols[i] = get_piece(n_begin, n_end, i, n_panels, lanes);
     /* What is used once or twice, and lies the right way, is read where it is. */
-    bool a_in_place = !p->a.transposed && n_end - n_begin <= A_IN_PLACE * width;
-    bool b_in_place = !p->b.transposed && n_strips <= B_IN_PLACE && (n_end - n_begin) % kernel->n_lanes == 0;
+    bool a_in_place = !p->a.transposed && n_panels <= A_IN_PLACE;
+    bool b_in_place = !p->b.transposed && (n_strips <= B_IN_PLACE || p->K * p->N * size <= SMALL_B) && (n_end - n_begin) % lanes == 0;
 
     for (int64_t k = 0; k < p->K; k += STV_GEMM_K_BLOCK) {
         int64_t depth = min64(STV_GEMM_K_BLOCK, p->K - k), panel_bytes = depth * width * size;
         bool add = p->add || k > 0;
-        for (int64_t j = n_begin; j < n_end && !b_in_place; j += width)
-            pack_b(p, panels + (j - n_begin) / width * panel_bytes, j, min64(width, n_end - j), k, depth);
+        for (int64_t i_panel = 0; i_panel < n_panels && !b_in_place; i_panel++) pack_b(p, panels + i_panel * panel_bytes, cols[i_panel], k, depth);
         for (int64_t i_strip = 0; i_strip < n_strips; i_strip += GROUP) {
             int n = (int)min64(GROUP, n_strips - i_strip);
-            strip strips[GROUP];
-            for (int i = 0; i < n; i++) strips[i] = get_strip(m_begin, m_end, i_strip + i, n_strips);
+            piece strips[GROUP];
+            for (int i = 0; i < n; i++) strips[i] = get_piece(m_begin, m_end, i_strip + i, n_strips, 1);
             if (!a_in_place) pack_a(p, rows_of_a, strips, n, k, depth);
             for (int i = 0; i < n; i++) {
                 source a =
-                    a_in_place ? (source){p->a.data + (strips[i].row * p->K + k) * size, p->K} : (source){rows_of_a + i * strip_bytes, A_STRIDE};
-                for (int64_t j = n_begin; j < n_end; j += width) {
-                    source b = b_in_place ? (source){p->b.data + (k * p->N + j) * size, p->N}
-                                          : (source){panels + (j - n_begin) / width * panel_bytes, width};
-                    kernel->tile(p->y + (strips[i].row * p->N + j) * size, p->N, a.data, a.stride, b.data, b.stride,
-                                 (stv_gemm_extent){strips[i].rows, min64(width, n_end - j), depth}, add);
+                    a_in_place ? (source){p->a.data + (strips[i].begin * p->K + k) * size, p->K} : (source){rows_of_a + i * strip_bytes, A_STRIDE};
+                for (int64_t i_panel = 0; i_panel < n_panels; i_panel++) {
+                    source b = b_in_place ? (source){p->b.data + (k * p->N + cols[i_panel].begin) * size, p->N}
+                                          : (source){panels + i_panel * panel_bytes, width};
+                    kernel->tile(p->y + (strips[i].begin * p->N + cols[i_panel].begin) * size, p->N, a.data, a.stride, b.data, b.stride,
+                                 (stv_gemm_extent){strips[i].count, cols[i_panel].count, depth}, add);
                 }
             }
         }
