@@ -143,7 +143,7 @@ class Cluster:
     tokens: int = 576
     centers: int = 256
     rounds: int = 2
-    out: int = 4096
+    out: int = 1024
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Names as in checkpoints, without their prefix; linears (out, in)."""

@@ -88,11 +88,12 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Medians over the rounds; peak_bytes is the last."""
+    """Medians over the rounds; the bytes are the last."""
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    growth_bytes: int
 
 
 def take_turns(ours: Worker, peer: Worker, *, rounds: int, repeat: int = 1) -> tuple[Side, Side]:
@@ -106,7 +107,7 @@ def take_turns(ours: Worker, peer: Worker, *, rounds: int, repeat: int = 1) -> t
         if i_round < 2 and not abs(a - b) <= TOLERANCE * max(1.0, abs(b)):
             raise SystemExit(f"turn {i_round}: {ours.name} has {a!r}, {peer.name} has {b!r}; they do not do the same work")
     sides = tuple(Side(statistics.median(s["seconds"] for s in taken[1:]), statistics.median(s["cpu_seconds"] for s in taken[1:]),
-                       taken[-1]["peak_bytes"]) for taken in samples)
+                       taken[-1]["peak_bytes"], taken[-1]["growth_bytes"]) for taken in samples)
     print(f"    wall {sides[0].seconds:.4g} : {sides[1].seconds:.4g} s, cpu {sides[0].cpu_seconds:.4g} : {sides[1].cpu_seconds:.4g} s, value {a:.6f} : {b:.6f}",
           flush=True)
     return sides

@@ -82,6 +82,7 @@ def projector_step() -> Callable[[], float]:
     model.set_trainable([info.name for info in model.tensors() if info.bound])
     run = stllava_c.Run(model)
     x, dout = c.arrays()
+    model.zero_grad()  # gradients are there before the first step, as the peer's
 
     def step() -> float:
         model.zero_grad()

@@ -41,10 +41,12 @@ def projector_step() -> Callable[[], float]:
     parameters = {name: torch.from_numpy(array).requires_grad_() for name, array in CLUSTER.tensors().items()}
     x, dout = (torch.from_numpy(array) for array in CLUSTER.arrays())
     x.requires_grad_()
+    for tensor in (x, *parameters.values()):
+        tensor.grad = torch.full_like(tensor, 0.0)  # there before the first step: what a step needs beyond them is measured
 
     def step() -> float:
         for tensor in (x, *parameters.values()):
-            tensor.grad = None
+            tensor.grad.zero_()
         forward(x, parameters).backward(dout)
         return x.grad.square().mean().sqrt().item()
 

@@ -65,7 +65,7 @@ static void pool_backward_add(double *din, const double *dout, int64_t L, int64_
     }
 }
 
-/* Rows to unit length. out (n,E), norm (n) */
+/* Rows to unit length. out (n,E) may be in; norm (n) */
 static void row_norm_forward(double *out, double *norm, const double *in, int64_t n, int64_t E)
 {
     for (int64_t i = 0; i < n; i++) {
@@ -196,14 +196,14 @@ static void assign(stv_cluster_saved *o, const double *similarity, double alpha,
 }
 
 /* g (N,E) holds the pooled F; becomes what the centres gathered. y = x + s g. */
-static void gather_and_spread(real *y, stv_cluster_saved *o, const double *tokens, const double *f, sizes z)
+static void gather_and_spread(real *y, stv_cluster_saved *o, const real *in, const double *f, sizes z)
 {
     for (int64_t l = 0; l < z.L; l++) add_scaled(o->g + o->assigned[l] * z.E, o->s[l], f + l * z.E, z.E);
     for (int64_t i = 0; i < z.N; i++)
         for (int64_t e = 0; e < z.E; e++) o->g[i * z.E + e] /= (double)(o->n_assigned[i] + 1);
     for (int64_t l = 0; l < z.L; l++) {
         const double *g = o->g + o->assigned[l] * z.E;
-        for (int64_t e = 0; e < z.E; e++) y[l * z.E + e] = (real)(tokens[l * z.E + e] + o->s[l] * g[e]);
+        for (int64_t e = 0; e < z.E; e++) y[l * z.E + e] = (real)((double)in[l * z.E + e] + o->s[l] * g[e]);
     }
 }
 
@@ -236,7 +236,7 @@ static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real
         if (!measuring) center_softmax_forward(w, norm, sum, N, L);
         stv_matmul_nn_f64(x, t + 1 < z.rounds ? c_in + N * E : o->c, w, f, N, E, L, false);
     }
-    double *x_hat = doubles(x, L, E);
+    double *x_hat = tokens;
     if (!measuring) {
         row_norm_forward(p_hat, row_norms, o->c, N, E);
         row_norm_forward(x_hat, row_norms, tokens, L, E);
@@ -245,98 +245,125 @@ static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real
     if (!measuring) {
         const stv_projector_params *ids = &weights->model->projector;
         assign(o, similarity, (double)*stv_weight(weights, ids->sim_alpha), (double)*stv_weight(weights, ids->sim_beta), z);
-        gather_and_spread(y, o, tokens, f, z);
+        gather_and_spread(y, o, in, f, z);
     }
     stv_arena_release(x->arena, mark);
 }
 
-typedef struct image_grads { /* of one image; x_hat and c_hat are unit rows of x and C */
-    double *dx, *df;         /* (L,E) */
-    double *dx_hat, *dc_hat; /* (L,E), (N,E) */
-    double *dg;              /* (N,E) */
+/* What backward reads of one image. */
+typedef struct image {
+    const real *in, *dy; /* (L,E) */
+    const stv_cluster_saved *o;
+    const center_linear *c;
+    double alpha;
+    sizes z;
+} image;
+
+typedef struct image_grads {
+    double *dx, *df, *dv, *dc; /* (L,E) three times, (N,E): of the centres */
     double dalpha, dbeta;
 } image_grads;
 
-/* Steps 5, 4 and 3 upside down, as far as the unit rows. All of grads but the scalars starts at zero. */
-static void assignment_backward(image_grads *d, const real *dy, const stv_cluster_saved *o, const double *f, const double *x_hat, const double *c_hat,
-                                double alpha, double *ds, double *row, sizes z)
+/* Steps 5, 4 and 3 upside down: from dy to dx, df, dc. */
+static void assignment_backward(stv_exec *x, image_grads *d, const double *f, const image *m)
 {
-    int64_t L = z.L, E = z.E;
-    for (int64_t l = 0; l < L; l++) {
-        int64_t a = o->assigned[l] * E;
-        for (int64_t e = 0; e < E; e++) row[e] = d->dx[l * E + e] = (double)dy[l * E + e];
-        ds[l] = dot(row, o->g + a, E);
-        add_scaled(d->dg + a, o->s[l], row, E);
+    const stv_cluster_saved *o = m->o;
+    int64_t L = m->z.L, E = m->z.E, N = m->z.N;
+    size_t mark = stv_arena_mark(x->arena);
+    double *x_hat = widened(x, m->in, L, E), *c_hat = doubles(x, N, E), *dx_hat = doubles(x, L, E), *dg = doubles(x, N, E);
+    double *x_norm = doubles(x, 1, L), *c_norm = doubles(x, 1, N), *ds = doubles(x, 1, L);
+    if (!stv_measuring(x)) {
+        row_norm_forward(x_hat, x_norm, x_hat, L, E);
+        row_norm_forward(c_hat, c_norm, o->c, N, E);
+        memset(d->df, 0, (size_t)(L * E) * sizeof(double));
+        memset(d->dc, 0, (size_t)(N * E) * sizeof(double));
+        memset(dg, 0, (size_t)(N * E) * sizeof(double));
+        for (int64_t l = 0; l < L; l++) {
+            int64_t a = o->assigned[l] * E;
+            double *row = d->dx + l * E;
+            for (int64_t e = 0; e < E; e++) row[e] = (double)m->dy[l * E + e];
+            ds[l] = dot(row, o->g + a, E);
+            add_scaled(dg + a, o->s[l], row, E);
+        }
+        for (int64_t i = 0; i < N; i++)
+            for (int64_t e = 0; e < E; e++) dg[i * E + e] /= (double)(o->n_assigned[i] + 1);
+        pool_backward_add(d->df, dg, L, N, E);
+        for (int64_t l = 0; l < L; l++) {
+            int64_t a = o->assigned[l] * E;
+            ds[l] += dot(f + l * E, dg + a, E);
+            add_scaled(d->df + l * E, o->s[l], dg + a, E);
+            double dz = ds[l] * o->s[l] * (1 - o->s[l]);
+            d->dbeta += dz;
+            d->dalpha += dz * o->cosine[l];
+            add_scaled(d->dc + a, dz * m->alpha, x_hat + l * E, E);
+            for (int64_t e = 0; e < E; e++) dx_hat[l * E + e] = dz * m->alpha * c_hat[a + e];
+        }
+        row_norm_backward(dx_hat, dx_hat, x_hat, x_norm, L, E);
+        add_scaled(d->dx, 1, dx_hat, L * E);
+        row_norm_backward(d->dc, d->dc, c_hat, c_norm, N, E);
     }
-    for (int64_t i = 0; i < z.N; i++)
-        for (int64_t e = 0; e < E; e++) d->dg[i * E + e] /= (double)(o->n_assigned[i] + 1);
-    pool_backward_add(d->df, d->dg, L, z.N, E);
-    for (int64_t l = 0; l < L; l++) {
-        int64_t a = o->assigned[l] * E;
-        ds[l] += dot(f + l * E, d->dg + a, E);
-        add_scaled(d->df + l * E, o->s[l], d->dg + a, E);
-        double dz = ds[l] * o->s[l] * (1 - o->s[l]);
-        d->dbeta += dz;
-        d->dalpha += dz * o->cosine[l];
-        add_scaled(d->dc_hat + a, dz * alpha, x_hat + l * E, E);
-        add_scaled(d->dx_hat + l * E, dz * alpha, c_hat + a, E);
-    }
+    stv_arena_release(x->arena, mark);
 }
 
-/* dv, df (L,E) in the model's precision, for v and f's linear backward; dx (L,E) written to din unless NULL. */
-static void image_backward(stv_exec *x, real *din, real *dv_out, real *df_out, const real *dy, const real *in, const stv_cluster_saved *o,
-                           const center_linear *c, const stv_weights *weights, double dscalars[2], sizes z)
+/* The rounds upside down, then the two normalisations before them: dv, and more of dx and df. */
+static void rounds_backward(stv_exec *x, image_grads *d, const double *f, const image *m)
 {
-    int64_t L = z.L, E = z.E, N = z.N;
-    size_t mark = stv_arena_mark(x->arena);
+    const stv_cluster_saved *o = m->o;
+    const center_linear *c = m->c;
+    int64_t L = m->z.L, E = m->z.E, N = m->z.N;
     bool measuring = stv_measuring(x);
-    double *tokens = widened(x, in, L, E), *v_hat = widened(x, o->v, L, E), *f = widened(x, o->f, L, E);
-    double *x_hat = doubles(x, L, E), *c_hat = doubles(x, N, E), *dc = doubles(x, N, E), *dv = doubles(x, L, E), *dw = doubles(x, N, L);
-    double *v_norm = doubles(x, 1, E), *x_norm = doubles(x, 1, L), *c_norm = doubles(x, 1, N), *scratch = doubles(x, 1, L > E ? L : E);
-    double *ds = doubles(x, 1, L);
-    image_grads d = {.dx = doubles(x, L, E), .df = doubles(x, L, E), .dx_hat = doubles(x, L, E), .dc_hat = doubles(x, N, E), .dg = doubles(x, N, E)};
+    size_t mark = stv_arena_mark(x->arena);
+    double *v_hat = widened(x, o->v, L, E), *p_hat = doubles(x, N, E), *dp = doubles(x, N, E), *dw = doubles(x, N, L);
+    double *v_norm = doubles(x, 1, E), *p_norm = doubles(x, 1, N), *sum = doubles(x, 1, L > E ? L : E);
     if (!measuring) {
         token_norm_forward(v_hat, v_norm, v_hat, L, E);
-        row_norm_forward(x_hat, x_norm, tokens, L, E);
-        row_norm_forward(c_hat, c_norm, o->c, N, E);
-        memset(d.df, 0, (size_t)(L * E) * sizeof(double));
-        memset(d.dx_hat, 0, (size_t)(L * E) * sizeof(double));
-        memset(d.dc_hat, 0, (size_t)(N * E) * sizeof(double));
-        memset(d.dg, 0, (size_t)(N * E) * sizeof(double));
-        memset(dv, 0, (size_t)(L * E) * sizeof(double));
-        double alpha = (double)*stv_weight(weights, weights->model->projector.sim_alpha);
-        assignment_backward(&d, dy, o, f, x_hat, c_hat, alpha, ds, scratch, z);
-        row_norm_backward(d.dx_hat, d.dx_hat, x_hat, x_norm, L, E);
-        add_scaled(d.dx, 1, d.dx_hat, L * E);
-        row_norm_backward(dc, d.dc_hat, c_hat, c_norm, N, E);
-        dscalars[0] += d.dalpha;
-        dscalars[1] += d.dbeta;
+        memset(d->dv, 0, (size_t)(L * E) * sizeof(double));
     }
-    for (int64_t t = z.rounds - 1; t >= 0; t--) { /* c_hat and c_norm now hold the unit rows of P */
+    for (int64_t t = m->z.rounds - 1; t >= 0; t--) {
         const double *c_in = o->c_in + t * N * E, *p = o->p + t * N * E, *w = o->w + t * N * L;
-        stv_matmul_nt_f64(x, dw, dc, f, N, L, E, false);
-        stv_matmul_tn_f64(x, d.df, w, dc, L, E, N, true);
+        stv_matmul_nt_f64(x, dw, d->dc, f, N, L, E, false);
+        stv_matmul_tn_f64(x, d->df, w, d->dc, L, E, N, true);
         if (!measuring) {
-            center_softmax_backward(dw, scratch, w, N, L);
-            row_norm_forward(c_hat, c_norm, p, N, E);
+            center_softmax_backward(dw, sum, w, N, L);
+            row_norm_forward(p_hat, p_norm, p, N, E);
         }
-        stv_matmul_tn_f64(x, dv, dw, c_hat, L, E, N, true);
-        stv_matmul_nn_f64(x, d.dc_hat, dw, v_hat, N, E, L, false);
+        stv_matmul_tn_f64(x, d->dv, dw, p_hat, L, E, N, true);
+        stv_matmul_nn_f64(x, dp, dw, v_hat, N, E, L, false);
         if (!measuring) {
-            row_norm_backward(d.dc_hat, d.dc_hat, c_hat, c_norm, N, E);
-            for (int64_t i = 0; c->dbias && i < N; i++) add_scaled(c->dbias, 1, d.dc_hat + i * E, E);
+            row_norm_backward(dp, dp, p_hat, p_norm, N, E);
+            for (int64_t i = 0; c->dbias && i < N; i++) add_scaled(c->dbias, 1, dp + i * E, E);
         }
-        if (c->dweight) stv_matmul_tn_f64(x, c->dweight, d.dc_hat, c_in, E, E, N, true);
-        stv_matmul_nn_f64(x, dc, d.dc_hat, c->weight, N, E, E, false);
+        if (c->dweight) stv_matmul_tn_f64(x, c->dweight, dp, c_in, E, E, N, true);
+        stv_matmul_nn_f64(x, d->dc, dp, c->weight, N, E, E, false);
     }
     if (!measuring) {
-        pool_backward_add(d.dx, dc, L, N, E);
-        token_norm_backward(dv, scratch, v_hat, v_norm, L, E);
-        for (int64_t i = 0; i < L * E; i++) {
-            dv_out[i] = (real)dv[i];
-            df_out[i] = (real)d.df[i];
-            if (din) din[i] = (real)d.dx[i];
-        }
+        pool_backward_add(d->dx, d->dc, L, N, E);
+        token_norm_backward(d->dv, sum, v_hat, v_norm, L, E);
+    }
+    stv_arena_release(x->arena, mark);
+}
+
+static void narrow(real *out, const double *in, int64_t n)
+{
+    for (int64_t i = 0; out && i < n; i++) out[i] = (real)in[i];
+}
+
+/* dv, df (L,E) in the model's precision, for v and f's linear backward; din (L,E) or NULL. dscalars adds up. */
+static void image_backward(stv_exec *x, real *din, real *dv, real *df, double dscalars[2], const image *m)
+{
+    int64_t L = m->z.L, E = m->z.E;
+    size_t mark = stv_arena_mark(x->arena);
+    const double *f = widened(x, m->o->f, L, E);
+    image_grads d = {.dx = doubles(x, L, E), .df = doubles(x, L, E), .dv = NULL, .dc = doubles(x, m->z.N, E)};
+    assignment_backward(x, &d, f, m);
+    d.dv = doubles(x, L, E);
+    rounds_backward(x, &d, f, m);
+    if (!stv_measuring(x)) {
+        dscalars[0] += d.dalpha;
+        dscalars[1] += d.dbeta;
+        narrow(dv, d.dv, L * E);
+        narrow(df, d.df, L * E);
+        narrow(din, d.dx, L * E);
     }
     stv_arena_release(x->arena, mark);
 }
@@ -395,8 +422,8 @@ real *stv_cluster_forward(stv_exec *x, const real *in, int64_t n_images, int64_t
     size_t mark = stv_arena_mark(x->arena);
     const center_linear c = widen_centers(x, weights, z.E);
     for (int64_t i = 0; i < n_images; i++) {
-        stv_cluster_saved image = image_of(saved, i, z);
-        image_forward(x, y + i * z.L * z.E, &image, in + i * z.L * z.E, &c, weights, z);
+        stv_cluster_saved o = image_of(saved, i, z);
+        image_forward(x, y + i * z.L * z.E, &o, in + i * z.L * z.E, &c, weights, z);
     }
     stv_arena_release(x->arena, mark);
     return y;
@@ -417,9 +444,11 @@ void stv_cluster_backward(stv_exec *x, real *din, const real *dy, const real *in
     c.dbias = zeros_if(x, lin_c.dbias, 1, z.E);
     double dscalars[2] = {0, 0};
     for (int64_t i = 0; i < n_images; i++) {
-        stv_cluster_saved image = image_of(saved, i, z);
+        stv_cluster_saved o = image_of(saved, i, z);
         int64_t first = i * z.L * z.E;
-        image_backward(x, din ? din + first : NULL, dv + first, df + first, dy + first, in + first, &image, &c, weights, dscalars, z);
+        const double alpha = stv_measuring(x) ? 0 : (double)*stv_weight(weights, ids->sim_alpha);
+        const image m = {in + first, dy + first, &o, &c, alpha, z};
+        image_backward(x, din ? din + first : NULL, dv + first, df + first, dscalars, &m);
     }
     add_narrowed(x, lin_c.dweight, c.dweight, z.E * z.E);
     add_narrowed(x, lin_c.dbias, c.dbias, z.E);
