@@ -34,7 +34,9 @@ def check(build: str, name: str, *cases: str, timeout_s: int = 300, **variables:
     assert built.returncode == 0, built.stdout + built.stderr
     environment = {key: value for key, value in os.environ.items() if key != "STLLAVA_CPU" and not key.endswith("SAN_OPTIONS")}
     result = subprocess.run([program, *cases], capture_output=True, text=True, check=False, env=environment, timeout=timeout_s)
-    assert result.returncode == 0 and "Sanitizer" not in result.stderr, result.stdout + result.stderr
+    # Sizes that are meant to be refused make AddressSanitizer warn; everything else it says is a report.
+    reports = [line for line in result.stderr.splitlines() if "Sanitizer" in line and "failed to allocate" not in line]
+    assert result.returncode == 0 and not reports, result.stdout + result.stderr
 
 
 def test_every_test_source_has_a_binary() -> None:
