@@ -40,6 +40,11 @@ static void add_scaled(double *y, double a, const double *in, int64_t n)
     for (int64_t i = 0; i < n; i++) y[i] += a * in[i];
 }
 
+static void add_scaled_reals(double *y, double a, const real *in, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) y[i] += a * (double)in[i];
+}
+
 /* ---- the small operators, each with its backward ----------------------------------------------------------------------------- */
 
 /* Bin i of N covers tokens floor(i L / N) .. ceil((i+1) L / N) - 1; bins may share a token. */
@@ -47,12 +52,12 @@ static int64_t bin_begin(int64_t i, int64_t L, int64_t N) { return i * L / N; }
 static int64_t bin_end(int64_t i, int64_t L, int64_t N) { return ((i + 1) * L + N - 1) / N; }
 
 /* out (N,E) */
-static void pool_forward(double *out, const double *in, int64_t L, int64_t N, int64_t E)
+static void pool_forward(double *out, const real *in, int64_t L, int64_t N, int64_t E)
 {
     memset(out, 0, (size_t)(N * E) * sizeof *out);
     for (int64_t i = 0; i < N; i++) {
         int64_t begin = bin_begin(i, L, N), end = bin_end(i, L, N);
-        for (int64_t l = begin; l < end; l++) add_scaled(out + i * E, 1, in + l * E, E);
+        for (int64_t l = begin; l < end; l++) add_scaled_reals(out + i * E, 1, in + l * E, E);
         for (int64_t e = 0; e < E; e++) out[i * E + e] /= (double)(end - begin);
     }
 }
@@ -196,9 +201,9 @@ static void assign(stv_cluster_saved *o, const double *similarity, double alpha,
 }
 
 /* g (N,E) holds the pooled F; becomes what the centres gathered. y = x + s g. */
-static void gather_and_spread(real *y, stv_cluster_saved *o, const real *in, const double *f, sizes z)
+static void gather_and_spread(real *y, stv_cluster_saved *o, const real *in, sizes z)
 {
-    for (int64_t l = 0; l < z.L; l++) add_scaled(o->g + o->assigned[l] * z.E, o->s[l], f + l * z.E, z.E);
+    for (int64_t l = 0; l < z.L; l++) add_scaled_reals(o->g + o->assigned[l] * z.E, o->s[l], o->f + l * z.E, z.E);
     for (int64_t i = 0; i < z.N; i++)
         for (int64_t e = 0; e < z.E; e++) o->g[i * z.E + e] /= (double)(o->n_assigned[i] + 1);
     for (int64_t l = 0; l < z.L; l++) {
@@ -207,45 +212,38 @@ static void gather_and_spread(real *y, stv_cluster_saved *o, const real *in, con
     }
 }
 
-/* Linear_c in double. */
-typedef struct center_linear {
-    const double *weight, *bias;
-    double *dweight, *dbias; /* summed over images; NULL when frozen */
-} center_linear;
-
-static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real *in, const center_linear *c, const stv_weights *weights, sizes z)
+static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real *in, const stv_linear *c, const stv_weights *weights, sizes z)
 {
     int64_t L = z.L, E = z.E, N = z.N;
     size_t mark = stv_arena_mark(x->arena);
-    double *tokens = widened(x, in, L, E), *v = widened(x, o->v, L, E), *f = widened(x, o->f, L, E);
+    double *x_hat = widened(x, in, L, E), *v = widened(x, o->v, L, E);
     double *norm = doubles(x, 1, L > E ? L : E), *sum = doubles(x, 1, L), *row_norms = doubles(x, 1, L > N ? L : N), *p_hat = doubles(x, N, E);
     double *similarity = doubles(x, N, L);
     bool measuring = stv_measuring(x);
     if (!measuring) {
         token_norm_forward(v, norm, v, L, E);
-        pool_forward(o->c_in, tokens, L, N, E);
-        pool_forward(o->g, f, L, N, E);
+        pool_forward(o->c_in, in, L, N, E);
+        pool_forward(o->g, o->f, L, N, E);
     }
     for (int64_t t = 0; t < z.rounds; t++) {
         double *c_in = o->c_in + t * N * E, *p = o->p + t * N * E, *w = o->w + t * N * L;
         if (!measuring)
-            for (int64_t i = 0; i < N; i++) memcpy(p + i * E, c->bias, (size_t)E * sizeof *p);
-        stv_matmul_nt_f64(x, p, c_in, c->weight, N, E, E, true);
+            for (int64_t i = 0; i < N * E; i++) p[i] = (double)c->bias[i % E];
+        stv_matmul_nt_wide(x, p, c_in, c->weight, N, E, E, true);
         if (!measuring) row_norm_forward(p_hat, row_norms, p, N, E);
         stv_matmul_nt_f64(x, w, p_hat, v, N, L, E, false);
         if (!measuring) center_softmax_forward(w, norm, sum, N, L);
-        stv_matmul_nn_f64(x, t + 1 < z.rounds ? c_in + N * E : o->c, w, f, N, E, L, false);
+        stv_matmul_nn_wide(x, t + 1 < z.rounds ? c_in + N * E : o->c, w, o->f, N, E, L, false);
     }
-    double *x_hat = tokens;
     if (!measuring) {
         row_norm_forward(p_hat, row_norms, o->c, N, E);
-        row_norm_forward(x_hat, row_norms, tokens, L, E);
+        row_norm_forward(x_hat, row_norms, x_hat, L, E);
     }
     stv_matmul_nt_f64(x, similarity, p_hat, x_hat, N, L, E, false);
     if (!measuring) {
         const stv_projector_params *ids = &weights->model->projector;
         assign(o, similarity, (double)*stv_weight(weights, ids->sim_alpha), (double)*stv_weight(weights, ids->sim_beta), z);
-        gather_and_spread(y, o, in, f, z);
+        gather_and_spread(y, o, in, z);
     }
     stv_arena_release(x->arena, mark);
 }
@@ -254,7 +252,7 @@ static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real
 typedef struct image {
     const real *in, *dy; /* (L,E) */
     const stv_cluster_saved *o;
-    const center_linear *c;
+    const stv_linear *c;
     double alpha;
     sizes z;
 } image;
@@ -265,7 +263,7 @@ typedef struct image_grads {
 } image_grads;
 
 /* Steps 5, 4 and 3 upside down: from dy to dx, df, dc. */
-static void assignment_backward(stv_exec *x, image_grads *d, const double *f, const image *m)
+static void assignment_backward(stv_exec *x, image_grads *d, const image *m)
 {
     const stv_cluster_saved *o = m->o;
     int64_t L = m->z.L, E = m->z.E, N = m->z.N;
@@ -290,7 +288,7 @@ static void assignment_backward(stv_exec *x, image_grads *d, const double *f, co
         pool_backward_add(d->df, dg, L, N, E);
         for (int64_t l = 0; l < L; l++) {
             int64_t a = o->assigned[l] * E;
-            ds[l] += dot(f + l * E, dg + a, E);
+            for (int64_t e = 0; e < E; e++) ds[l] += (double)o->f[l * E + e] * dg[a + e];
             add_scaled(d->df + l * E, o->s[l], dg + a, E);
             double dz = ds[l] * o->s[l] * (1 - o->s[l]);
             d->dbeta += dz;
@@ -305,11 +303,35 @@ static void assignment_backward(stv_exec *x, image_grads *d, const double *f, co
     stv_arena_release(x->arena, mark);
 }
 
+static void narrow(real *out, const double *in, int64_t n)
+{
+    for (int64_t i = 0; out && i < n; i++) out[i] = (real)in[i];
+}
+
+/* Of Linear_c, from dp (N,E) and its input: sums as everywhere, in the model's precision. */
+static void center_gradients(stv_exec *x, const stv_linear *c, const double *dp, const double *c_in, int64_t N, int64_t E)
+{
+    if (!c->dweight && !c->dbias) return;
+    size_t mark = stv_arena_mark(x->arena);
+    real *dy = stv_reals(x, N, E), *in = stv_reals(x, N, E);
+    if (!stv_measuring(x)) {
+        narrow(dy, dp, N * E);
+        narrow(in, c_in, N * E);
+        for (int64_t e = 0; c->dbias && e < E; e++) {
+            double sum = 0;
+            for (int64_t i = 0; i < N; i++) sum += dp[i * E + e];
+            c->dbias[e] += (real)sum;
+        }
+    }
+    if (c->dweight) stv_matmul_tn(x, c->dweight, dy, in, E, E, N, true);
+    stv_arena_release(x->arena, mark);
+}
+
 /* The rounds upside down, then the two normalisations before them: dv, and more of dx and df. */
-static void rounds_backward(stv_exec *x, image_grads *d, const double *f, const image *m)
+static void rounds_backward(stv_exec *x, image_grads *d, const image *m)
 {
     const stv_cluster_saved *o = m->o;
-    const center_linear *c = m->c;
+    const stv_linear *c = m->c;
     int64_t L = m->z.L, E = m->z.E, N = m->z.N;
     bool measuring = stv_measuring(x);
     size_t mark = stv_arena_mark(x->arena);
@@ -321,7 +343,7 @@ static void rounds_backward(stv_exec *x, image_grads *d, const double *f, const 
     }
     for (int64_t t = m->z.rounds - 1; t >= 0; t--) {
         const double *c_in = o->c_in + t * N * E, *p = o->p + t * N * E, *w = o->w + t * N * L;
-        stv_matmul_nt_f64(x, dw, d->dc, f, N, L, E, false);
+        stv_matmul_nt_wide(x, dw, d->dc, o->f, N, L, E, false);
         stv_matmul_tn_f64(x, d->df, w, d->dc, L, E, N, true);
         if (!measuring) {
             center_softmax_backward(dw, sum, w, N, L);
@@ -329,12 +351,9 @@ static void rounds_backward(stv_exec *x, image_grads *d, const double *f, const 
         }
         stv_matmul_tn_f64(x, d->dv, dw, p_hat, L, E, N, true);
         stv_matmul_nn_f64(x, dp, dw, v_hat, N, E, L, false);
-        if (!measuring) {
-            row_norm_backward(dp, dp, p_hat, p_norm, N, E);
-            for (int64_t i = 0; c->dbias && i < N; i++) add_scaled(c->dbias, 1, dp + i * E, E);
-        }
-        if (c->dweight) stv_matmul_tn_f64(x, c->dweight, dp, c_in, E, E, N, true);
-        stv_matmul_nn_f64(x, d->dc, dp, c->weight, N, E, E, false);
+        if (!measuring) { row_norm_backward(dp, dp, p_hat, p_norm, N, E); }
+        center_gradients(x, c, dp, c_in, N, E);
+        stv_matmul_nn_wide(x, d->dc, dp, c->weight, N, E, E, false);
     }
     if (!measuring) {
         pool_backward_add(d->dx, d->dc, L, N, E);
@@ -343,21 +362,15 @@ static void rounds_backward(stv_exec *x, image_grads *d, const double *f, const 
     stv_arena_release(x->arena, mark);
 }
 
-static void narrow(real *out, const double *in, int64_t n)
-{
-    for (int64_t i = 0; out && i < n; i++) out[i] = (real)in[i];
-}
-
 /* dv, df (L,E) in the model's precision, for v and f's linear backward; din (L,E) or NULL. dscalars adds up. */
 static void image_backward(stv_exec *x, real *din, real *dv, real *df, double dscalars[2], const image *m)
 {
     int64_t L = m->z.L, E = m->z.E;
     size_t mark = stv_arena_mark(x->arena);
-    const double *f = widened(x, m->o->f, L, E);
     image_grads d = {.dx = doubles(x, L, E), .df = doubles(x, L, E), .dv = NULL, .dc = doubles(x, m->z.N, E)};
-    assignment_backward(x, &d, f, m);
+    assignment_backward(x, &d, m);
     d.dv = doubles(x, L, E);
-    rounds_backward(x, &d, f, m);
+    rounds_backward(x, &d, m);
     if (!stv_measuring(x)) {
         dscalars[0] += d.dalpha;
         dscalars[1] += d.dbeta;
@@ -369,19 +382,6 @@ static void image_backward(stv_exec *x, real *din, real *dv, real *df, double ds
 }
 
 /* ---- all images ------------------------------------------------------------------------------------------------------------ */
-
-static center_linear widen_centers(stv_exec *x, const stv_weights *weights, int64_t E)
-{
-    stv_linear lin = stv_weights_affine(weights, weights->model->projector.c);
-    return (center_linear){.weight = widened(x, lin.weight, E, E), .bias = widened(x, lin.bias, 1, E)};
-}
-
-static double *zeros_if(stv_exec *x, bool wanted, int64_t rows, int64_t cols)
-{
-    double *out = wanted ? doubles(x, rows, cols) : NULL;
-    if (out && !stv_measuring(x)) memset(out, 0, (size_t)(rows * cols) * sizeof *out);
-    return out;
-}
 
 static void add_narrowed(stv_exec *x, real *grad, const double *in, int64_t n)
 {
@@ -419,13 +419,11 @@ real *stv_cluster_forward(stv_exec *x, const real *in, int64_t n_images, int64_t
     };
     stv_linear_forward(x, saved->v, NULL, in, &v, n_rows, NULL);
     stv_linear_forward(x, saved->f, NULL, in, &f, n_rows, NULL);
-    size_t mark = stv_arena_mark(x->arena);
-    const center_linear c = widen_centers(x, weights, z.E);
+    const stv_linear c = stv_weights_affine(weights, weights->model->projector.c);
     for (int64_t i = 0; i < n_images; i++) {
         stv_cluster_saved o = image_of(saved, i, z);
         image_forward(x, y + i * z.L * z.E, &o, in + i * z.L * z.E, &c, weights, z);
     }
-    stv_arena_release(x->arena, mark);
     return y;
 }
 
@@ -435,13 +433,9 @@ void stv_cluster_backward(stv_exec *x, real *din, const real *dy, const real *in
     const stv_projector_params *ids = &weights->model->projector;
     sizes z = sizes_of(weights, n_tokens);
     int64_t n_rows = n_images * z.L;
-    stv_linear v = stv_weights_affine(weights, ids->v), f = stv_weights_affine(weights, ids->f), lin_c = stv_weights_affine(weights, ids->c);
+    stv_linear v = stv_weights_affine(weights, ids->v), f = stv_weights_affine(weights, ids->f), c = stv_weights_affine(weights, ids->c);
     size_t mark = stv_arena_mark(x->arena);
     real *dv = stv_reals(x, n_rows, z.E), *df = stv_reals(x, n_rows, z.E);
-    size_t images_mark = stv_arena_mark(x->arena);
-    center_linear c = widen_centers(x, weights, z.E);
-    c.dweight = zeros_if(x, lin_c.dweight, z.E, z.E);
-    c.dbias = zeros_if(x, lin_c.dbias, 1, z.E);
     double dscalars[2] = {0, 0};
     for (int64_t i = 0; i < n_images; i++) {
         stv_cluster_saved o = image_of(saved, i, z);
@@ -450,11 +444,8 @@ void stv_cluster_backward(stv_exec *x, real *din, const real *dy, const real *in
         const image m = {in + first, dy + first, &o, &c, alpha, z};
         image_backward(x, din ? din + first : NULL, dv + first, df + first, dscalars, &m);
     }
-    add_narrowed(x, lin_c.dweight, c.dweight, z.E * z.E);
-    add_narrowed(x, lin_c.dbias, c.dbias, z.E);
     add_narrowed(x, stv_weight_grad(weights, ids->sim_alpha), &dscalars[0], 1);
     add_narrowed(x, stv_weight_grad(weights, ids->sim_beta), &dscalars[1], 1);
-    stv_arena_release(x->arena, images_mark);
     stv_linear_backward_add(x, din, df, in, NULL, &f, n_rows, NULL);
     stv_linear_backward_add(x, din, dv, in, NULL, &v, n_rows, NULL);
     stv_arena_release(x->arena, mark);

@@ -1,9 +1,10 @@
 /* attention_avx2.c - 6 x 2 accumulators, 2 of b, 1 of a, of 16 registers. */
+#include "base/target.h"
 #include "ops/attention_kernel.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
 #include <immintrin.h>
+STV_TARGET_BEGIN("avx2,fma")
 
 #define KERNEL stv_attn_avx2
 #define TILE_ROWS 6
@@ -19,4 +20,5 @@
 #define FMA1(a, b, c) __builtin_fma(a, b, c)
 #endif
 #include "ops/attention_kernel.h"
+STV_TARGET_END
 #endif

@@ -1,9 +1,10 @@
 /* attention_avx512.c - 8 x 2 accumulators: enough to keep two FMA units busy, and a tile that divides the block of queries. */
+#include "base/target.h"
 #include "ops/attention_kernel.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include <immintrin.h>
+STV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #define KERNEL stv_attn_avx512
 #define TILE_ROWS 8
@@ -19,4 +20,5 @@
 #define FMA1(a, b, c) __builtin_fma(a, b, c)
 #endif
 #include "ops/attention_kernel.h"
+STV_TARGET_END
 #endif

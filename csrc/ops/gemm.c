@@ -1,8 +1,8 @@
 /* gemm.c - one driver for every matrix product.
  *
- *   y is cut into blocks, one task each. A task, for one K block after another:
- *     packs its columns of b into panels as wide as the register tile      (L2)
- *     for every few strips of rows: copies those rows of a (L1), runs the tile along the panels
+ *   y is cut into blocks, one task each. A task, for one K block after another, for some 512 of its columns after others:
+ *     packs those columns of b into panels as wide as the register tile                                  (L2)
+ *     for every strip of rows: copies those rows of a, the first time (L3, L1), runs the tile along the panels
  *   An operand that is used once or twice and lies the right way is read in place. A narrow y is computed transposed.
  *
  * Packing is also where the three products (nt, nn, tn) become one: a operand comes as it lies, or transposed.
@@ -19,6 +19,7 @@
 #include "ops/gemm.h"
 
 #include "base/cpu.h"
+#include "base/watch.h"
 #include "ops/gemm_blas.h"
 #include "ops/gemm_kernel.h"
 
@@ -27,6 +28,7 @@
 #define B_BLOCK_BYTES 2048 /* 512 columns of floats: with 256 rows, 512 KB of the L2 cache; wider packs a less often */
 #define SMALL_FLOP 200000  /* below, waking a thread costs more than it brings */
 #define BLOCKS_PER_THREAD 2
+#define MAX_ROWS 2048                       /* of a block: with 256 of K, 2 MB of a are kept packed for all its columns */
 #define GROUP 4                             /* strips packed at once */
 #define A_STRIDE (STV_GEMM_K_BLOCK + 16)    /* of packed rows of a: 17 cache lines, so that rows lie in different sets */
 #define A_IN_PLACE 3                        /* panels */
@@ -78,6 +80,7 @@ static const stv_gemm_kernel *choose_kernel(stv_dtype dtype)
 typedef struct operand {
     const char *data;
     bool transposed; /* a: (K,M) in place of (M,K); b: (N,K) in place of (K,N) */
+    bool single;     /* b only: floats in a product of doubles, widened while packing */
 } operand;
 
 typedef struct product {
@@ -86,8 +89,9 @@ typedef struct product {
     operand a, b;
     int64_t M, N, K;
     bool add;
-    int64_t n_m_blocks, n_n_blocks, n_block; /* blocks of y; columns of a block, a multiple of the tile */
-    char *scratch;                           /* (n workers) x (packed rows of a, panels of b) */
+    int64_t n_m_blocks, n_n_blocks; /* blocks of y */
+    int64_t part_cols;              /* columns of a block that share panels of b */
+    char *scratch;                  /* (n workers) x (packed rows of a, panels of b) */
     size_t a_bytes, worker_bytes;
 } product;
 
@@ -96,6 +100,8 @@ static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static int64_t count_parts(const product *p, int64_t columns) { return ceil_div(columns, p->part_cols); }
 
 /* Strips of equal height and panels of equal width, because a tile of few rows or one vector does not keep the FMA units busy. */
 typedef struct piece {
@@ -109,12 +115,21 @@ static piece get_piece(int64_t begin, int64_t end, int64_t i, int64_t n, int64_t
     return (piece){from, min64(begin + n_units * (i + 1) / n * unit, end) - from};
 }
 
+static void widen_b(const product *p, double *panel, piece cols, int64_t k0, int64_t depth)
+{
+    int64_t width = p->kernel->n_cols, row = p->b.transposed ? 1 : p->N, column = p->b.transposed ? p->K : 1;
+    const float *from = (const float *)p->b.data + k0 * row + cols.begin * column;
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t j = 0; j < cols.count; j++) panel[k * width + j] = (double)from[k * row + j * column];
+}
+
 /* panel (depth, n_cols) = some columns of b, rows k0..; beyond them zero, as far as a tile reads. */
 static void pack_b(const product *p, char *panel, piece cols, int64_t k0, int64_t depth)
 {
     int64_t size = p->kernel->size_bytes, width = p->kernel->n_cols;
     if (cols.count % p->kernel->n_lanes) memset(panel, 0, (size_t)(depth * width * size));
-    if (p->b.transposed) p->kernel->transpose(panel, width, p->b.data + (cols.begin * p->K + k0) * size, p->K, cols.count, depth);
+    if (p->b.single) widen_b(p, (double *)(void *)panel, cols, k0, depth);
+    else if (p->b.transposed) p->kernel->transpose(panel, width, p->b.data + (cols.begin * p->K + k0) * size, p->K, cols.count, depth);
     else p->kernel->copy(panel, width, p->b.data + (k0 * p->N + cols.begin) * size, p->N, depth, cols.count);
 }
 
@@ -139,60 +154,64 @@ typedef struct source {
     int64_t stride;
 } source;
 
-static void compute_block(void *arg, int64_t i_task, int i_worker)
+/* One K block of y[rows, columns]. The strips of a are packed if `pack`, all of them side by side if `keep`, else a group at a time. */
+static void compute_part(const product *p, char *scratch, piece rows, piece columns, piece k, bool pack, bool keep)
 {
-    const product *p = arg;
     const stv_gemm_kernel *kernel = p->kernel;
-    int64_t size = kernel->size_bytes, width = kernel->n_cols, lanes = kernel->n_lanes;
-    int64_t i_m = i_task / p->n_n_blocks, i_n = i_task % p->n_n_blocks;
-    int64_t m_begin = p->M * i_m / p->n_m_blocks, m_end = p->M * (i_m + 1) / p->n_m_blocks;
-    int64_t n_begin = p->n_block * i_n, n_end = min64(n_begin + p->n_block, p->N);
-    int64_t n_strips = ceil_div(m_end - m_begin, kernel->n_rows), strip_bytes = kernel->n_rows * A_STRIDE * size;
-    int64_t n_panels = ceil_div(n_end - n_begin, width);
-    char *rows_of_a = p->scratch + (size_t)i_worker * p->worker_bytes, *panels = rows_of_a + p->a_bytes;
+    int64_t size = kernel->size_bytes, width = kernel->n_cols, lanes = kernel->n_lanes, end = columns.begin + columns.count;
+    int64_t n_strips = ceil_div(rows.count, kernel->n_rows), n_panels = ceil_div(columns.count, width);
+    int64_t strip_bytes = kernel->n_rows * A_STRIDE * size, panel_bytes = k.count * width * size;
+    char *panels = scratch + p->a_bytes;
+    bool add = p->add || k.begin > 0;
     piece cols[MAX_PANELS];
-    for (int64_t i = 0; i < n_panels; i++) cols[i] = get_piece(n_begin, n_end, i, n_panels, lanes);
+    for (int64_t i = 0; i < n_panels; i++) cols[i] = get_piece(columns.begin, end, i, n_panels, lanes);
     /* What is used once or twice, and lies the right way, is read where it is. */
-    bool a_in_place = !p->a.transposed && n_panels <= A_IN_PLACE;
-    bool b_in_place = !p->b.transposed && (n_strips <= B_IN_PLACE || p->K * p->N * size <= SMALL_B) && (n_end - n_begin) % lanes == 0;
+    bool a_in_place = !p->a.transposed && !keep && n_panels <= A_IN_PLACE;
+    bool b_in_place = !p->b.transposed && !p->b.single && (n_strips <= B_IN_PLACE || p->K * p->N * size <= SMALL_B) && columns.count % lanes == 0;
 
-    for (int64_t k = 0; k < p->K; k += STV_GEMM_K_BLOCK) {
-        int64_t depth = min64(STV_GEMM_K_BLOCK, p->K - k), panel_bytes = depth * width * size;
-        bool add = p->add || k > 0;
-        for (int64_t i_panel = 0; i_panel < n_panels && !b_in_place; i_panel++) pack_b(p, panels + i_panel * panel_bytes, cols[i_panel], k, depth);
-        for (int64_t i_strip = 0; i_strip < n_strips; i_strip += GROUP) {
-            int n = (int)min64(GROUP, n_strips - i_strip);
-            piece strips[GROUP];
-            for (int i = 0; i < n; i++) strips[i] = get_piece(m_begin, m_end, i_strip + i, n_strips, 1);
-            if (!a_in_place) pack_a(p, rows_of_a, strips, n, k, depth);
-            for (int i = 0; i < n; i++) {
-                source a =
-                    a_in_place ? (source){p->a.data + (strips[i].begin * p->K + k) * size, p->K} : (source){rows_of_a + i * strip_bytes, A_STRIDE};
-                for (int64_t i_panel = 0; i_panel < n_panels; i_panel++) {
-                    source b = b_in_place ? (source){p->b.data + (k * p->N + cols[i_panel].begin) * size, p->N}
-                                          : (source){panels + i_panel * panel_bytes, width};
-                    kernel->tile(p->y + (strips[i].begin * p->N + cols[i_panel].begin) * size, p->N, a.data, a.stride, b.data, b.stride,
-                                 (stv_gemm_extent){strips[i].count, cols[i_panel].count, depth}, add);
-                }
+    for (int64_t i = 0; i < n_panels && !b_in_place; i++) pack_b(p, panels + i * panel_bytes, cols[i], k.begin, k.count);
+    for (int64_t i_strip = 0; i_strip < n_strips; i_strip += GROUP) {
+        int n = (int)min64(GROUP, n_strips - i_strip);
+        char *packed = scratch + (keep ? i_strip * strip_bytes : 0);
+        piece strips[GROUP];
+        for (int i = 0; i < n; i++) strips[i] = get_piece(rows.begin, rows.begin + rows.count, i_strip + i, n_strips, 1);
+        if (pack && !a_in_place) pack_a(p, packed, strips, n, k.begin, k.count);
+        for (int i = 0; i < n; i++) {
+            source a =
+                a_in_place ? (source){p->a.data + (strips[i].begin * p->K + k.begin) * size, p->K} : (source){packed + i * strip_bytes, A_STRIDE};
+            for (int64_t j = 0; j < n_panels; j++) {
+                source b =
+                    b_in_place ? (source){p->b.data + (k.begin * p->N + cols[j].begin) * size, p->N} : (source){panels + j * panel_bytes, width};
+                kernel->tile(p->y + (strips[i].begin * p->N + cols[j].begin) * size, p->N, a.data, a.stride, b.data, b.stride,
+                             (stv_gemm_extent){strips[i].count, cols[j].count, k.count}, add);
             }
         }
     }
+}
+
+static void compute_block(void *arg, int64_t i_task, int i_worker)
+{
+    const product *p = arg;
+    piece rows = get_piece(0, p->M, i_task / p->n_n_blocks, p->n_m_blocks, 1);
+    piece columns = get_piece(0, p->N, i_task % p->n_n_blocks, p->n_n_blocks, p->kernel->n_cols);
+    int64_t n_parts = count_parts(p, columns.count);
+    for (int64_t k = 0; k < p->K; k += STV_GEMM_K_BLOCK)
+        for (int64_t i = 0; i < n_parts && !stv_stopped(); i++)
+            compute_part(p, p->scratch + (size_t)i_worker * p->worker_bytes, rows,
+                         get_piece(columns.begin, columns.begin + columns.count, i, n_parts, p->kernel->n_cols),
+                         (piece){k, min64(STV_GEMM_K_BLOCK, p->K - k)}, i == 0, n_parts > 1);
 }
 
 /* How y is cut decides the speed only. Columns first: cutting rows makes every row block pack b again. */
 static void plan_blocks(product *p, int n_threads)
 {
     const stv_gemm_kernel *kernel = p->kernel;
-    int64_t widest = p->M <= kernel->n_rows ? kernel->n_cols : B_BLOCK_BYTES / kernel->size_bytes,
-            n_blocks = n_threads > 1 ? (int64_t)n_threads * BLOCKS_PER_THREAD : 1;
+    int64_t n_blocks = n_threads > 1 ? (int64_t)n_threads * BLOCKS_PER_THREAD : 1, n_units = ceil_div(p->N, kernel->n_cols);
     if (2.0 * (double)p->M * (double)p->N * (double)p->K < SMALL_FLOP) n_blocks = 1;
-    p->n_m_blocks = 1;
-    p->n_n_blocks = ceil_div(p->N, widest);
-    if (p->n_n_blocks < n_blocks) p->n_m_blocks = min64(ceil_div(n_blocks, p->n_n_blocks), max64(p->M / (4 * kernel->n_rows), 1));
-    if (p->n_m_blocks * p->n_n_blocks < n_blocks)
-        p->n_n_blocks = max64(min64(ceil_div(n_blocks, p->n_m_blocks), ceil_div(p->N, kernel->n_cols)), p->n_n_blocks);
-    p->n_block = ceil_div(ceil_div(p->N, p->n_n_blocks), kernel->n_cols) * kernel->n_cols;
-    p->n_n_blocks = ceil_div(p->N, p->n_block);
+    p->part_cols = p->M <= kernel->n_rows ? kernel->n_cols : B_BLOCK_BYTES / kernel->size_bytes;
+    p->n_n_blocks = min64(ceil_div(p->N, p->part_cols), n_blocks);
+    p->n_m_blocks = max64(min64(ceil_div(n_blocks, p->n_n_blocks), p->M / (4 * kernel->n_rows)), ceil_div(p->M, MAX_ROWS));
+    if (p->n_m_blocks * p->n_n_blocks < n_blocks) p->n_n_blocks = max64(min64(ceil_div(n_blocks, p->n_m_blocks), n_units), p->n_n_blocks);
 }
 
 static void multiply(stv_exec *x, const stv_gemm_kernel *kernel, void *y, operand a, operand b, int64_t M, int64_t N, int64_t K, bool add)
@@ -201,8 +220,11 @@ static void multiply(stv_exec *x, const stv_gemm_kernel *kernel, void *y, operan
     int n_threads = stv_pool_n_threads(x->pool);
     plan_blocks(&p, n_threads);
     int64_t n_tasks = p.n_m_blocks * p.n_n_blocks, size = kernel->size_bytes;
-    p.a_bytes = (size_t)(GROUP * kernel->n_rows * A_STRIDE * size);
-    p.worker_bytes = p.a_bytes + (size_t)(p.n_block * min64(K, STV_GEMM_K_BLOCK) * size);
+    int64_t n_units = ceil_div(ceil_div(N, kernel->n_cols), p.n_n_blocks), n_parts = count_parts(&p, n_units * kernel->n_cols);
+    int64_t n_strips = n_parts > 1 ? ceil_div(ceil_div(M, p.n_m_blocks), kernel->n_rows) : GROUP;
+    p.a_bytes = (size_t)(n_strips * kernel->n_rows * A_STRIDE * size);
+    int64_t part_units = min64(n_units, ceil_div(p.part_cols, kernel->n_cols));
+    p.worker_bytes = p.a_bytes + (size_t)(part_units * kernel->n_cols * min64(K, STV_GEMM_K_BLOCK) * size);
 
     size_t mark = stv_arena_mark(x->arena);
     p.scratch = stv_arena_alloc(x->arena, (n_tasks > 1 ? (size_t)n_threads : 1) * p.worker_bytes);
@@ -225,13 +247,15 @@ static void turn(const stv_gemm_kernel *kernel, char *dst, const char *src, int6
         for (int64_t j = 0; j < cols; j++) memcpy(dst + (j * rows + i) * size, src + (i * cols + j) * size, (size_t)size);
 }
 
+static operand flipped(operand o) { return (operand){o.data, !o.transposed, false}; }
+
 /* A narrow y leaves most of a vector, and most FMAs of a broadcast, unused: its transpose is computed instead, from the operands as they lie. */
 static void multiply_narrow(stv_exec *x, const stv_gemm_kernel *kernel, void *y, operand a, operand b, int64_t M, int64_t N, int64_t K, bool add)
 {
     size_t mark = stv_arena_mark(x->arena);
     char *t = stv_arena_alloc(x->arena, (size_t)(M * N * kernel->size_bytes));
     if (add && !stv_measuring(x)) turn(kernel, t, y, M, N);
-    multiply(x, kernel, t, (operand){b.data, !b.transposed}, (operand){a.data, !a.transposed}, N, M, K, add);
+    multiply(x, kernel, t, flipped(b), flipped(a), N, M, K, add);
     if (!stv_measuring(x)) turn(kernel, y, t, N, M);
     stv_arena_release(x->arena, mark);
 }
@@ -240,15 +264,15 @@ static void choose(stv_exec *x, stv_dtype dtype, void *y, operand a, operand b, 
 {
     const stv_gemm_kernel *kernel = choose_kernel(dtype);
     if (M <= 0 || N <= 0) return;
-    if (N <= kernel->n_lanes && M >= kernel->n_cols) multiply_narrow(x, kernel, y, a, b, M, N, K, add);
+    if (N <= kernel->n_lanes && M >= kernel->n_cols && !b.single) multiply_narrow(x, kernel, y, a, b, M, N, K, add);
     else multiply(x, kernel, y, a, b, M, N, K, add);
 }
 
-/* ---- the six products ---------------------------------------------------------------------------------------------------- */
+/* ---- the products ---------------------------------------------------------------------------------------------------- */
 
-static operand as_is(const void *data) { return (operand){data, false}; }
+static operand as_is(const void *data) { return (operand){data, false, false}; }
 
-static operand transposed(const void *data) { return (operand){data, true}; }
+static operand transposed(const void *data) { return (operand){data, true, false}; }
 
 void stv_matmul_nt_f32(stv_exec *x, float *y, const float *a, const float *w, int64_t M, int64_t N, int64_t K, bool add)
 {
@@ -279,4 +303,24 @@ void stv_matmul_tn_f32(stv_exec *x, float *y, const float *a, const float *b, in
 void stv_matmul_tn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
 {
     choose(x, STV_DTYPE_F64, y, transposed(a), as_is(b), M, N, K, add);
+}
+
+void stv_matmul_nt_wide_f32(stv_exec *x, double *y, const double *a, const float *w, int64_t M, int64_t N, int64_t K, bool add)
+{
+    choose(x, STV_DTYPE_F64, y, as_is(a), (operand){(const char *)w, true, true}, M, N, K, add);
+}
+
+void stv_matmul_nt_wide_f64(stv_exec *x, double *y, const double *a, const double *w, int64_t M, int64_t N, int64_t K, bool add)
+{
+    stv_matmul_nt_f64(x, y, a, w, M, N, K, add);
+}
+
+void stv_matmul_nn_wide_f32(stv_exec *x, double *y, const double *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    choose(x, STV_DTYPE_F64, y, as_is(a), (operand){(const char *)b, false, true}, M, N, K, add);
+}
+
+void stv_matmul_nn_wide_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
+{
+    stv_matmul_nn_f64(x, y, a, b, M, N, K, add);
 }

@@ -1,8 +1,10 @@
 /* gemm_avx2.c - the tile with 256-bit registers: 6 x 2 accumulators, 2 of b, 1 of a, of 16. */
+#include "base/target.h"
 #include "ops/gemm_kernel.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
+#include <immintrin.h>
+STV_TARGET_BEGIN("avx2,fma")
 #include "ops/gemm_transpose_avx.h"
 
 #define KERNEL stv_gemm_avx2_f32
@@ -26,4 +28,5 @@
 #define SPLAT(s) _mm256_set1_pd(s)
 #define FMA(a, b, c) _mm256_fmadd_pd(a, b, c)
 #include "ops/gemm_kernel.h"
+STV_TARGET_END
 #endif

@@ -1,9 +1,11 @@
 /* gemm_avx512.c - the tile with 512-bit registers: 8 x 3 accumulators, 3 of b, 1 of a, of 32. Per k 11 loads feed 24 FMAs: 14 x 2
  * (16 for 28) reached 94 % of the register peak in L1 and 88 % out of L2, this 99 and 97 (Ice Lake). */
+#include "base/target.h"
 #include "ops/gemm_kernel.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#include <immintrin.h>
+STV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "ops/gemm_transpose_avx.h"
 
 #define KERNEL stv_gemm_avx512_f32
@@ -27,4 +29,5 @@
 #define SPLAT(s) _mm512_set1_pd(s)
 #define FMA(a, b, c) _mm512_fmadd_pd(a, b, c)
 #include "ops/gemm_kernel.h"
+STV_TARGET_END
 #endif
