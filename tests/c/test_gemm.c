@@ -57,8 +57,8 @@ static real promised(const product *p, int64_t i, int64_t j, real old)
 static const char *const kind_names[] = {"nt", "nn", "tn"};
 
 static const int64_t shapes[][3] = {
-    {1, 1, 1},    {1, 7, 3},     {2, 3, 257}, {5, 16, 8},   {6, 17, 13},  {13, 31, 29},   {14, 32, 256},
-    {15, 33, 64}, {28, 64, 512}, {29, 65, 1}, {31, 8, 300}, {64, 96, 96}, {101, 300, 37}, {113, 41, 523},
+    {1, 1, 1},   {1, 7, 3},    {2, 3, 257},  {5, 16, 8},     {6, 17, 13},    {13, 31, 29},   {14, 32, 256},  {15, 33, 64}, {28, 64, 512},
+    {29, 65, 1}, {31, 8, 300}, {64, 96, 96}, {101, 300, 37}, {113, 41, 523}, {9, 1100, 260}, {2100, 30, 20}, {50, 8, 300},
 };
 enum { N_SHAPES = sizeof shapes / sizeof *shapes };
 
@@ -88,6 +88,48 @@ static void values_and_order(void)
             check_release_buffers();
         }
     }
+}
+
+typedef struct double_product {
+    product_kind kind;
+    double *y;
+    const double *a, *b;
+    const real *narrow; /* b before it was widened */
+    int64_t M, N, K;
+} double_product;
+
+static void multiply_doubles(stv_exec *x, void *context)
+{
+    const double_product *p = context;
+    if (p->kind == NT) stv_matmul_nt_f64(x, p->y, p->a, p->b, p->M, p->N, p->K, false);
+    else stv_matmul_nn_f64(x, p->y, p->a, p->b, p->M, p->N, p->K, false);
+}
+
+static void multiply_wide(stv_exec *x, void *context)
+{
+    const double_product *p = context;
+    if (p->kind == NT) stv_matmul_nt_wide(x, p->y, p->a, p->narrow, p->M, p->N, p->K, false);
+    else stv_matmul_nn_wide(x, p->y, p->a, p->narrow, p->M, p->N, p->K, false);
+}
+
+/* Widening while packing is widening before: the bits of the product of doubles. */
+static void wide_products_are_products_of_doubles(void)
+{
+    for (int i_shape = 0; i_shape < N_SHAPES; i_shape++)
+        for (int kind = NT; kind <= NN; kind++) {
+            int64_t M = shapes[i_shape][0], N = shapes[i_shape][1], K = shapes[i_shape][2];
+            double *a = check_new((size_t)(M * K) * sizeof *a), *widened = check_new((size_t)(N * K) * sizeof *widened);
+            double *y = check_new((size_t)(M * N) * sizeof *y), *want = check_new((size_t)(M * N) * sizeof *want);
+            real *random = new_reals(M * K, 13), *b = new_reals(N * K, 14);
+            for (int64_t i = 0; i < M * K; i++) a[i] = (double)random[i] / 3;
+            for (int64_t i = 0; i < N * K; i++) widened[i] = (double)b[i];
+            double_product p = {(product_kind)kind, y, a, widened, b, M, N, K};
+            check_exec(2, multiply_wide, &p);
+            p.y = want;
+            check_exec(1, multiply_doubles, &p);
+            CHECK_SAME_BITS(kind_names[kind], y, want, (size_t)(M * N) * sizeof *y);
+            check_release_buffers();
+        }
 }
 
 static void same_bits_for_any_row_count(void)
@@ -189,6 +231,7 @@ static void lower_cpu_levels(void)
 
 static const check_case cases[] = {
     {"values and order", values_and_order},
+    {"wide products are products of doubles", wide_products_are_products_of_doubles},
     {"same bits for any row count", same_bits_for_any_row_count},
     {"same bits for any thread count", same_bits_for_any_thread_count},
     {"nothing to sum", nothing_to_sum},
