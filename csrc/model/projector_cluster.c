@@ -383,10 +383,9 @@ static void image_backward(stv_exec *x, real *din, real *dv, real *df, double ds
 
 /* ---- all images ------------------------------------------------------------------------------------------------------------ */
 
-static void add_narrowed(stv_exec *x, real *grad, const double *in, int64_t n)
+static void add_scalar(stv_exec *x, real *grad, double value)
 {
-    if (!grad || stv_measuring(x)) return;
-    for (int64_t i = 0; i < n; i++) grad[i] += (real)in[i];
+    if (grad && !stv_measuring(x)) *grad += (real)value;
 }
 
 bool stv_cluster_trains(const stv_weights *weights)
@@ -444,8 +443,8 @@ void stv_cluster_backward(stv_exec *x, real *din, const real *dy, const real *in
         const image m = {in + first, dy + first, &o, &c, alpha, z};
         image_backward(x, din ? din + first : NULL, dv + first, df + first, dscalars, &m);
     }
-    add_narrowed(x, stv_weight_grad(weights, ids->sim_alpha), &dscalars[0], 1);
-    add_narrowed(x, stv_weight_grad(weights, ids->sim_beta), &dscalars[1], 1);
+    add_scalar(x, stv_weight_grad(weights, ids->sim_alpha), dscalars[0]);
+    add_scalar(x, stv_weight_grad(weights, ids->sim_beta), dscalars[1]);
     stv_linear_backward_add(x, din, df, in, NULL, &f, n_rows, NULL);
     stv_linear_backward_add(x, din, dv, in, NULL, &v, n_rows, NULL);
     stv_arena_release(x->arena, mark);
