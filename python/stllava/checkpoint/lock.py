@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -111,7 +110,7 @@ def _refusal(output: Path, path: Path, owner: dict[str, Any]) -> str:
 
 
 def _ourselves() -> dict[str, object]:
-    return {"pid": os.getpid(), "process_start": _process_start(os.getpid()), "host": socket.gethostname(), "boot": _boot(),
+    return {"pid": os.getpid(), "process_start": _process_start(os.getpid()), "host": os.uname().nodename, "boot": _boot(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(shlex.join(sys.orig_argv).split())[:200]}
 
 
@@ -120,7 +119,7 @@ def _boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return socket.gethostname()
+        return os.uname().nodename
 
 
 def _process_start(pid: object) -> int:
