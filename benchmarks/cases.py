@@ -103,23 +103,27 @@ class Case:
         return np.random.default_rng(1).normal(size=(self.n_images, 3, size, size)).astype(np.float32)
 
     def needed_flop(self) -> float:
-        """Arithmetic without anything that can be left out: prefixes once, no padding, logits of targets only, no gradient of frozen weights, causal
-        attention by its triangle and its backward without recomputing. A DPO step has a reference forward, which shares tower and projector."""
+        """Arithmetic without anything that can be left out: prefixes once, no padding, logits of targets only, in the last layer only keys and values of
+        rows that predict nothing, no gradient of frozen weights, causal attention by its triangle and its backward without recomputing. A DPO step has a
+        reference forward, which shares tower and projector."""
         m = self.model
         patches, prefix = m.image_tokens, m.image_tokens + self.prompt
         lengths = [plain + learnt for plain, learnt in self.branches]
         rows = self.n_images * (prefix + sum(lengths))
-        pairs = self.n_images * (prefix * (prefix + 1) / 2 + sum(n * (n + 1) / 2 + n * prefix for n in lengths))
         targets = self.n_images * sum(learnt for _, learnt in self.branches)
-        weights = m.layers * sum(n_out * n_in for n_out, n_in in m.linears().values())
-        adapters = m.layers * m.rank * sum(n_out + n_in for n_out, n_in in m.linears().values())
+        pairs_below = self.n_images * (prefix * (prefix + 1) / 2 + sum(n * (n + 1) / 2 + n * prefix for n in lengths))
+        pairs_last = self.n_images * sum(learnt * (prefix + plain + (learnt - 1) / 2) for plain, learnt in self.branches)
+        pairs = (m.layers - 1) * pairs_below + pairs_last
+        passes = {name: (m.layers - 1) * rows + (rows if name.endswith(("k_proj", "v_proj")) else targets) for name in m.linears()}
+        linears = sum(2 * passes[name] * n_out * n_in for name, (n_out, n_in) in m.linears().items())
+        adapters = sum(2 * passes[name] * m.rank * (n_out + n_in) for name, (n_out, n_in) in m.linears().items())
         tower = self.n_images * (2 * patches * 3 * m.patch_size**2 * m.tower_width + m.tower_layers * (
             2 * (patches + 1) * 12 * m.tower_width**2 + 4 * (patches + 1) ** 2 * m.tower_width))
         projector = self.n_images * patches * (2 * 2 * m.tower_width * m.width + 3 * 2 * m.width**2)
-        base = 2 * rows * weights + 4 * m.layers * pairs * m.width + 2 * targets * m.vocab * m.width
-        backward = base + 4 * m.layers * pairs * m.width  # attention has twice its forward
+        base = linears + 4 * pairs * m.width + 2 * targets * m.vocab * m.width
+        backward = base + 4 * pairs * m.width  # attention has twice its forward
         reference = base if self.kind == "dpo" else 0
-        return tower + projector + base + backward + reference + 3 * 2 * rows * adapters
+        return tower + projector + base + backward + reference + 3 * adapters
 
 
 MID = Model(336, 14, 1024, 6, 16, 2048, 5504, 4, 16, 32000, 128)

@@ -20,13 +20,14 @@ static void list_active(stv_generator *g)
         if (!g->finished[i]) g->active[g->n_active++] = i;
 }
 
-/* Logits (head->n, V) in the arena. */
-static real *logits_of(stv_exec *x, const stv_generator *g, stv_decoder_head *head, const real *stream)
+/* Logits (n,V) of a stream (n,D), in the arena. */
+static real *logits_of(stv_exec *x, const stv_generator *g, const real *stream, int64_t n)
 {
     const stv_decoder_config *c = &g->model->config.decoder;
-    stv_decoder_head_forward(x, head, &g->pass->weights, stream);
-    real *logits = stv_reals(x, head->n, c->vocab_size);
-    stv_matmul_nt(x, logits, head->h, stv_weight(&g->pass->weights, g->model->decoder.head), head->n, c->vocab_size, c->hidden_size, false);
+    stv_decoder_head head = {.n = n};
+    stv_decoder_head_forward(x, &head, &g->pass->weights, stream);
+    real *logits = stv_reals(x, n, c->vocab_size);
+    stv_matmul_nt(x, logits, head.h, stv_weight(&g->pass->weights, g->model->decoder.head), n, c->vocab_size, c->hidden_size, false);
     return logits;
 }
 
@@ -40,13 +41,11 @@ static void decode(stv_exec *x, void *context)
     pass->n_rows = n;
     pass->position = g->cache->position;
     pass->plan = &g->cache->plan;
-    int64_t *every = stv_arena_alloc(x->arena, (size_t)n * sizeof *every);
-    for (int64_t i = 0; i < n && !stv_measuring(x); i++) every[i] = i;
+    pass->out_row = NULL;
     real *in = stv_reals(x, n, c->hidden_size);
     stv_gather_rows(x, in, stv_weight(pass->weights, g->model->decoder.embed), g->next_token, n, c->hidden_size);
     const real *stream = stv_decoder_forward(x, pass, in);
-    stv_decoder_head head = {.row = every, .n = n};
-    const real *logits = logits_of(x, g, &head, stream);
+    const real *logits = logits_of(x, g, stream, n);
     if (stv_measuring(x) || stv_stopped()) return; /* then the logits before stay, and the step can be taken again */
     for (int64_t i = 0; i < n; i++) memcpy((real *)g->logits + g->active[i] * V, logits + i * V, (size_t)V * sizeof(real));
 }
@@ -186,10 +185,11 @@ static void prefill(stv_exec *x, void *context)
 {
     stv_generator *g = context;
     const stv_batch *batch = g->pass->batch;
-    int64_t V = g->model->config.decoder.vocab_size;
-    stv_decoder_head head = {.row = batch->sequence_last_row, .n = batch->view.n_sequences};
+    int64_t V = g->model->config.decoder.vocab_size, n_sequences = batch->view.n_sequences;
+    g->pass->decoder.out_row = batch->sequence_last_row;
+    g->pass->decoder.n_out = n_sequences;
     stv_llava_rows(x, g->pass);
-    const real *logits = logits_of(x, g, &head, g->pass->stream);
+    const real *logits = logits_of(x, g, g->pass->stream, n_sequences);
     if (stv_measuring(x)) return;
     for (int64_t i = 0; i < g->n; i++) memcpy((real *)g->logits + i * V, logits + i / g->cache->n_per_sequence * V, (size_t)V * sizeof(real));
 }

@@ -31,7 +31,7 @@ typedef struct builder {
     uint64_t *row_sample, *image_sample;
     stv_attn_segment *segments;
     stv_span *spans;
-    int64_t *group_begin, *predicting_row, *row_begin, *order;
+    int64_t *group_begin, *row_begin, *order, *row_head, *head_row, *predicting, *label;
 } builder;
 
 /* ---- checking and counting ----------------------------------------------------------------------------------------------- */
@@ -158,8 +158,11 @@ static void lay_out(builder *b, stv_arena *arena)
     ARRAY(spans, b->n_spans);
     ARRAY(group_begin, b->n_trees + 1);
     ARRAY(order, b->n_targets);
-    ARRAY(predicting_row, R < b->n_targets ? R : b->n_targets);
     ARRAY(row_begin, R + 1);
+    ARRAY(row_head, R);
+    ARRAY(head_row, R);
+    ARRAY(predicting, R);
+    ARRAY(label, b->n_targets);
 #undef ARRAY
 }
 
@@ -252,6 +255,21 @@ static void fill_sequences(builder *b)
     b->sequence_begin[q] = n;
 }
 
+/* Returns the number of rows that predict or hold a label. */
+static int64_t fill_head_rows(builder *b)
+{
+    int64_t n = 0;
+    memset(b->row_head, 0, (size_t)b->n_rows * sizeof *b->row_head);
+    for (int64_t t = 0; t < b->n_targets; t++) b->row_head[b->target_row[t]] = b->row_head[b->label_row[t]] = 1;
+    for (int64_t row = 0; row < b->n_rows; row++) {
+        if (!b->row_head[row]) continue;
+        b->row_head[row] = n;
+        b->head_row[n++] = row;
+    }
+    for (int64_t t = 0; t < b->n_targets; t++) b->label[t] = b->row_head[b->label_row[t]];
+    return n;
+}
+
 /* Counting sort of the targets by predicting row. Returns the number of rows that predict anything. */
 static int64_t fill_groups(builder *b)
 {
@@ -262,7 +280,7 @@ static int64_t fill_groups(builder *b)
     for (int64_t t = 0; t < b->n_targets; t++) b->order[end[b->target_row[t]]++] = t;
     for (int64_t row = 0; row < b->n_rows; row++) { /* end[row] is now where row's group ends */
         if (end[row] == n) continue;
-        b->predicting_row[n_rows] = row;
+        b->predicting[n_rows] = b->row_head[row];
         n = end[row];
         b->row_begin[n_rows++] = n;
     }
@@ -286,7 +304,7 @@ static stv_status build(stv_batch *batch, builder *b, int64_t window)
     fill_rows(b);
     fill_plan(b);
     fill_sequences(b);
-    int64_t n_predicting = fill_groups(b);
+    int64_t n_head_rows = fill_head_rows(b), n_predicting = fill_groups(b);
 
     batch->view = (stv_batch_view){
         .n_rows = b->n_rows,
@@ -314,7 +332,10 @@ static stv_status build(stv_batch *batch, builder *b, int64_t window)
                                   .window = window};
     batch->targets =
         (stv_targets){.n_rows = n_predicting, .n_targets = b->n_targets, .row_begin = b->row_begin, .order = b->order, .token = b->target_token};
-    batch->predicting_row = b->predicting_row;
+    batch->head_row = b->head_row;
+    batch->n_head_rows = n_head_rows;
+    batch->predicting = b->predicting;
+    batch->label = b->label;
     batch->sequence_last_row = b->sequence_last_row;
     batch->image_sample = b->image_sample;
     return STV_OK;

@@ -13,6 +13,7 @@
 #include "ops/attention.h"
 
 #define stv_decoder_forward STV_TYPED(stv_decoder_forward)
+#define stv_decoder_more_rows STV_TYPED(stv_decoder_more_rows)
 #define stv_decoder_backward STV_TYPED(stv_decoder_backward)
 #define stv_decoder_head_forward STV_TYPED(stv_decoder_head_forward)
 #define stv_decoder_head_backward STV_TYPED(stv_decoder_head_backward)
@@ -25,8 +26,9 @@ typedef struct stv_decoder_cache {
     const int64_t *row;
 } stv_decoder_cache;
 
-typedef struct stv_decoder_saved {                        /* one layer, for backward; D width, F intermediate size */
-    real *in, *rstd1;                                     /* (R,D) (R) */
+typedef struct stv_decoder_saved {                        /* one layer, for backward; D width, F intermediate size. From mid on R is n_out in the last */
+    const real *in;                                       /* (R,D) */
+    real *rstd1;                                          /* (R) */
     real *q, *k, *v, *attn, *lse;                         /* (R, heads, head_dim) ...; lse (R,H) */
     real *mid, *rstd2;                                    /* (R,D) (R): after attention */
     real *gate, *up;                                      /* (R,F) */
@@ -43,26 +45,32 @@ typedef struct stv_decoder_pass {
     const stv_decoder_cache *cache; /* NULL: keys are the rows of this pass */
     int64_t n_recompute;            /* the first so many layers keep only their input */
     bool input_grad;                /* backward goes on below the stack */
+    const int64_t *out_row;         /* (n_out) rows whose result is wanted: the last layer leaves the others after its attention, where they have
+                                     * served as keys; NULL: all */
+    int64_t n_out;                  /* unused without out_row */
     /* left by forward */
-    real *angles;
+    real *angles, *last_attn;  /* (R, head_dim); (R, heads, head_dim) of the last layer */
     int64_t lowest;            /* the lowest layer that backward enters; n_layers: none */
     stv_decoder_saved *layers; /* (n_layers), the owner's */
 } stv_decoder_pass;
 
-/* Returns (R,D) in the arena. `in` (R,D) stays borrowed until backward is done. */
-real *stv_decoder_forward(stv_exec *x, stv_decoder_pass *pass, real *in);
-/* dh (R,D): gradient of the result; becomes the gradient of `in` if input_grad. */
-void stv_decoder_backward(stv_exec *x, const stv_decoder_pass *pass, real *dh);
+/* Returns (n_out,D), or (R,D) without out_row, in the arena. `in` (R,D) stays borrowed until backward is done. */
+const real *stv_decoder_forward(stv_exec *x, stv_decoder_pass *pass, const real *in);
+/* The result (n,D) for any rows of the last forward, with the same bits, while what it left is there. */
+const real *stv_decoder_more_rows(stv_exec *x, const stv_decoder_pass *pass, const int64_t *row, int64_t n);
+/* dout: gradient of the result, overwritten. d (R,D) becomes the gradient of `in` if input_grad; dout itself without out_row. */
+void stv_decoder_backward(stv_exec *x, const stv_decoder_pass *pass, real *d, real *dout);
 
 typedef struct stv_decoder_head { /* the rows whose logits are wanted: gathered, normed */
-    const int64_t *row;           /* (n), borrowed */
+    const int64_t *row;           /* (n) rows of the decoder's result, borrowed; NULL: its first n */
     int64_t n;
-    real *in, *rstd; /* (n,D), (n) saved for backward */
-    real *h;         /* (n,D): logits are h W^T */
+    const real *in; /* (n,D) saved for backward, like rstd (n) */
+    real *rstd;
+    real *h; /* (n,D): logits are h W^T */
 } stv_decoder_head;
 
 void stv_decoder_head_forward(stv_exec *x, stv_decoder_head *head, const stv_weights *weights, const real *stream);
-/* dstream (R,D) is added to, from dh (n,D). */
+/* dstream, of the decoder's result, is added to, from dh (n,D). head->row is not NULL. */
 void stv_decoder_head_backward(stv_exec *x, real *dstream, const real *dh, const stv_decoder_head *head, const stv_weights *weights);
 
 #endif

@@ -45,7 +45,8 @@ stv_status stv_llava_init(stv_llava_pass *pass, const stv_batch *batch, const st
     pass->weights = pass->vision_weights = stv_weights_init(model, options);
     pass->vision_weights.grads = options->train && options->vision_grad;
     pass->tower_grad = pass->features_grad = false;
-    pass->features = pass->embeddings = pass->stream = NULL;
+    pass->features = pass->embeddings = NULL;
+    pass->stream = NULL;
     pass->logp = pass->lse = pass->mean_logit = NULL;
 
     const stv_image_rows *rows = &pass->image_rows;
@@ -66,6 +67,8 @@ stv_status stv_llava_init(stv_llava_pass *pass, const stv_batch *batch, const st
         pass->decoder.plan = &batch->plan;
         pass->decoder.dropout = options->dropout ? &pass->row_dropout : NULL;
         pass->decoder.cache = NULL;
+        pass->decoder.out_row = batch->head_row;
+        pass->decoder.n_out = batch->n_head_rows;
     }
     return STV_OK;
 }
@@ -101,7 +104,7 @@ void stv_llava_rows(stv_exec *x, stv_llava_pass *pass)
 static void mean_logit_forward(stv_exec *x, stv_llava_pass *pass)
 {
     const stv_decoder_config *c = &pass->model->config.decoder;
-    stv_decoder_head labels = {.row = pass->batch->view.label_row, .n = pass->batch->view.n_targets};
+    stv_decoder_head labels = {.row = pass->batch->label, .n = pass->batch->view.n_targets};
     pass->mean_logit = stv_arena_alloc(x->arena, (size_t)labels.n * sizeof(double));
     size_t mark = stv_arena_mark(x->arena);
     stv_decoder_head_forward(x, &labels, &pass->weights, pass->stream);
@@ -114,7 +117,7 @@ void stv_llava_forward(stv_exec *x, stv_llava_pass *pass)
     const stv_decoder_config *c = &pass->model->config.decoder;
     const stv_targets *targets = &pass->batch->targets;
     stv_llava_rows(x, pass);
-    pass->targets = (stv_decoder_head){.row = pass->batch->predicting_row, .n = targets->n_rows};
+    pass->targets = (stv_decoder_head){.row = pass->batch->predicting, .n = targets->n_rows};
     pass->logp = stv_arena_alloc(x->arena, (size_t)targets->n_targets * sizeof(double));
     pass->lse = stv_arena_alloc(x->arena, (size_t)targets->n_rows * sizeof(double));
     stv_decoder_head_forward(x, &pass->targets, &pass->weights, pass->stream);
@@ -134,19 +137,19 @@ void stv_llava_backward(stv_exec *x, const stv_llava_pass *pass, const double *d
     int table = pass->model->decoder.embed, head = pass->model->decoder.head;
     size_t mark = stv_arena_mark(x->arena);
 
-    real *dstream = stv_reals(x, R, D);
+    real *d = stv_reals(x, R, D), *dstream = stv_reals(x, pass->decoder.n_out, D);
     size_t head_mark = stv_arena_mark(x->arena);
     stv_logprob_grads head_grads = {stv_reals(x, pass->targets.n, D), stv_weight_grad(weights, head)};
     stv_logprob_backward(x, head_grads, dlogp, pass->lse, pass->targets.h, stv_weight(weights, head), D, c->vocab_size, &pass->batch->targets);
-    stv_zero(x, dstream, R * D);
+    stv_zero(x, dstream, pass->decoder.n_out * D);
     stv_decoder_head_backward(x, dstream, head_grads.dh, &pass->targets, weights);
     stv_arena_release(x->arena, head_mark);
 
-    stv_decoder_backward(x, &pass->decoder, dstream);
+    stv_decoder_backward(x, &pass->decoder, d, dstream);
     if (pass->decoder.input_grad) {
         real *dfeatures = pass->features_grad ? stv_reals(x, n_features, D) : NULL;
         if (dfeatures) stv_zero(x, dfeatures, n_features * D);
-        stv_splice_backward(x, stv_weight_grad(weights, table), dfeatures, dstream, rows->row_token, rows->row_feature, R, D);
+        stv_splice_backward(x, stv_weight_grad(weights, table), dfeatures, d, rows->row_token, rows->row_feature, R, D);
         real *dtower = pass->tower_grad ? stv_reals(x, n_features, pass->model->config.projector.in_size) : NULL;
         if (dfeatures) stv_projector_backward(x, dtower, dfeatures, &pass->projector);
         if (dtower) stv_vision_backward(x, &pass->vision, dtower);

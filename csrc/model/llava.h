@@ -32,7 +32,8 @@ typedef struct stv_llava_pass {
     /* left by forward, in the arena */
     bool tower_grad, features_grad; /* whether backward goes that far */
     real *features;                 /* (n_images*T, D); NULL without images */
-    real *embeddings, *stream;      /* (R,D) entering and leaving the decoder */
+    real *embeddings;               /* (R,D) entering the decoder */
+    const real *stream;             /* (n_out,D) leaving it */
     stv_decoder_head targets;       /* the rows that predict */
     double *logp, *lse;             /* (n_targets), (rows that predict) */
     double *mean_logit;             /* (n_targets); NULL unless asked for */

@@ -175,8 +175,8 @@ static void logits_forward(stv_exec *x, void *context)
     const logits_call *call = context;
     const stv_llava_pass *pass = call->pass;
     const stv_decoder_config *c = &pass->model->config.decoder;
-    stv_decoder_head head = {.row = call->rows, .n = call->n};
-    stv_decoder_head_forward(x, &head, &pass->weights, pass->stream);
+    stv_decoder_head head = {.n = call->n};
+    stv_decoder_head_forward(x, &head, &pass->weights, stv_decoder_more_rows(x, &pass->decoder, call->rows, call->n));
     stv_matmul_nt(x, call->out, head.h, stv_weight(&pass->weights, pass->model->decoder.head), call->n, c->vocab_size, c->hidden_size, false);
 }
 

@@ -115,7 +115,7 @@ static void open_generator_for_more_threads(world *w)
 {
     open_tiny(w);
     CHECK_OK(create_generator(w));
-    CHECK_OK(stv_context_set_n_threads(w->t.context, 4));
+    CHECK_OK(stv_context_set_n_threads(w->t.context, 16));
 }
 
 /* ---- calls and their results ---------------------------------------------------------------------------------------------- */

@@ -68,7 +68,10 @@ static void sequences_and_targets(void)
     check_list("target_row", v.target_row, (int64_t[]){4, 6, 7, 8, 9, 4, 6, 7, 4, 15, 18, 19, 20, 25, 31}, 15);
     check_list("sequence_last_row", batch->sequence_last_row, (int64_t[]){10, 11, 17, 21, 32}, 5);
     CHECK_INT(batch->targets.n_rows, 11);
-    check_list("predicting_row", batch->predicting_row, (int64_t[]){4, 6, 7, 8, 9, 15, 18, 19, 20, 25, 31}, 11);
+    CHECK_INT(batch->n_head_rows, 18);
+    check_list("head_row", batch->head_row, (int64_t[]){4, 5, 6, 7, 8, 9, 10, 11, 15, 16, 18, 19, 20, 21, 25, 26, 31, 32}, 18);
+    check_list("predicting", batch->predicting, (int64_t[]){0, 2, 3, 4, 5, 8, 10, 11, 12, 14, 16}, 11);
+    check_list("label", batch->label, (int64_t[]){1, 3, 4, 5, 6, 1, 3, 7, 1, 9, 11, 12, 13, 15, 17}, 15);
     check_list("row_begin", batch->targets.row_begin, (int64_t[]){0, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 12);
     check_list("order", batch->targets.order, (int64_t[]){0, 5, 8, 1, 6, 2, 7, 3, 4, 9, 10, 11, 12, 13, 14}, 15);
     close_all();

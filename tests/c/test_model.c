@@ -487,6 +487,33 @@ static void logits_hold_the_log_probs(void)
     tiny_close(&t);
 }
 
+/* Rows that predict nothing leave the last layer early; asked for, they have what they would have had. */
+static void logits_of_any_row(void)
+{
+    stv_model_config config = tiny_config();
+    stv_batch_spec spec = tree_spec(), bare = spec;
+    bare.labels = NULL;
+    tiny every = tiny_open(&config, &spec, 1, 0.3), none = tiny_open(&config, &bare, 1, 0.3);
+    int64_t n = stv_batch_get(every.batch).n_rows;
+    real *a = check_reals(n * TINY_VOCAB), *b = check_reals(n * TINY_VOCAB);
+    int64_t *rows = check_new((size_t)n * sizeof *rows);
+    for (int64_t i = 0; i < n; i++) rows[i] = n - 1 - i;
+    for (int recompute = 0; recompute <= config.decoder.n_layers; recompute += (int)config.decoder.n_layers) {
+        every.options.dropout = none.options.dropout = every.options.train = true;
+        CHECK_OK(stv_run_set_recompute(every.run, 0, recompute));
+        tiny_forward(&every);
+        tiny_forward(&none);
+        CHECK_OK(stv_run_logits(every.run, rows, n, a));
+        CHECK_OK(stv_run_logits(none.run, rows, n, b));
+        CHECK_SAME_BITS("labels or none", a, b, (size_t)(n * TINY_VOCAB) * sizeof(real));
+        CHECK_OK(stv_run_backward(every.run, every.weight));
+        CHECK_OK(stv_run_logits(every.run, rows, n, a));
+        CHECK_SAME_BITS("after backward", a, b, (size_t)(n * TINY_VOCAB) * sizeof(real));
+    }
+    tiny_close(&every);
+    tiny_close(&none);
+}
+
 static void embeddings_are_spliced(void)
 {
     stv_model_config config = tiny_config();
@@ -708,6 +735,7 @@ static const check_case cases[] = {
     {"steady step allocates nothing", steady_step_allocates_nothing},
     {"estimate is what is used", estimate_is_what_is_used},
     {"logits hold the log-probs", logits_hold_the_log_probs},
+    {"logits of any row", logits_of_any_row},
     {"embeddings are spliced", embeddings_are_spliced},
     {"parts alone are the parts", parts_alone_are_the_parts},
     {"parts backward chain", parts_backward_chain},
