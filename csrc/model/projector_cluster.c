@@ -70,6 +70,16 @@ static void pool_backward_add(double *din, const double *dout, int64_t L, int64_
     }
 }
 
+/* Into the gradient of x, which an image has in the model's precision: the largest thing that would live through all of its backward. */
+static void pool_backward_add_reals(real *din, const double *dout, int64_t L, int64_t N, int64_t E)
+{
+    for (int64_t i = 0; i < N; i++) {
+        int64_t begin = bin_begin(i, L, N), end = bin_end(i, L, N);
+        for (int64_t l = begin; l < end; l++)
+            for (int64_t e = 0; e < E; e++) din[l * E + e] += (real)(dout[i * E + e] / (double)(end - begin));
+    }
+}
+
 /* Rows to unit length. out (n,E) may be in; norm (n) */
 static void row_norm_forward(double *out, double *norm, const double *in, int64_t n, int64_t E)
 {
@@ -158,7 +168,7 @@ static stv_cluster_saved image_of(const stv_cluster_saved *saved, int64_t i, siz
     return (stv_cluster_saved){
         .v = saved->v + tokens * z.E,
         .f = saved->f + tokens * z.E,
-        .c_in = saved->c_in + centers * z.rounds,
+        .c_in = saved->c_in + centers * (z.rounds - 1),
         .p = saved->p + centers * z.rounds,
         .w = saved->w + i * z.rounds * z.N * z.L,
         .c = saved->c + centers,
@@ -222,18 +232,18 @@ static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real
     bool measuring = stv_measuring(x);
     if (!measuring) {
         token_norm_forward(v, norm, v, L, E);
-        pool_forward(o->c_in, in, L, N, E);
+        pool_forward(p_hat, in, L, N, E); /* what the first round begins with; backward pools again */
         pool_forward(o->g, o->f, L, N, E);
     }
     for (int64_t t = 0; t < z.rounds; t++) {
-        double *c_in = o->c_in + t * N * E, *p = o->p + t * N * E, *w = o->w + t * N * L;
+        double *c_in = t > 0 ? o->c_in + (t - 1) * N * E : p_hat, *p = o->p + t * N * E, *w = o->w + t * N * L;
         if (!measuring)
             for (int64_t i = 0; i < N * E; i++) p[i] = (double)c->bias[i % E];
         stv_matmul_nt_wide(x, p, c_in, c->weight, N, E, E, true);
         if (!measuring) row_norm_forward(p_hat, row_norms, p, N, E);
         stv_matmul_nt_f64(x, w, p_hat, v, N, L, E, false);
         if (!measuring) center_softmax_forward(w, norm, sum, N, L);
-        stv_matmul_nn_wide(x, t + 1 < z.rounds ? c_in + N * E : o->c, w, o->f, N, E, L, false);
+        stv_matmul_nn_wide(x, t + 1 < z.rounds ? o->c_in + t * N * E : o->c, w, o->f, N, E, L, false);
     }
     if (!measuring) {
         row_norm_forward(p_hat, row_norms, o->c, N, E);
@@ -258,7 +268,8 @@ typedef struct image {
 } image;
 
 typedef struct image_grads {
-    double *dx, *df, *dv, *dc; /* (L,E) three times, (N,E): of the centres */
+    real *dx;             /* (L,E), or NULL */
+    double *df, *dv, *dc; /* (L,E) twice, (N,E): of the centres */
     double dalpha, dbeta;
 } image_grads;
 
@@ -269,7 +280,7 @@ static void assignment_backward(stv_exec *x, image_grads *d, const image *m)
     int64_t L = m->z.L, E = m->z.E, N = m->z.N;
     size_t mark = stv_arena_mark(x->arena);
     double *x_hat = widened(x, m->in, L, E), *c_hat = doubles(x, N, E), *dx_hat = doubles(x, L, E), *dg = doubles(x, N, E);
-    double *x_norm = doubles(x, 1, L), *c_norm = doubles(x, 1, N), *ds = doubles(x, 1, L);
+    double *x_norm = doubles(x, 1, L), *c_norm = doubles(x, 1, N), *ds = doubles(x, 1, L), *row = doubles(x, 1, E);
     if (!stv_measuring(x)) {
         row_norm_forward(x_hat, x_norm, x_hat, L, E);
         row_norm_forward(c_hat, c_norm, o->c, N, E);
@@ -278,7 +289,6 @@ static void assignment_backward(stv_exec *x, image_grads *d, const image *m)
         memset(dg, 0, (size_t)(N * E) * sizeof(double));
         for (int64_t l = 0; l < L; l++) {
             int64_t a = o->assigned[l] * E;
-            double *row = d->dx + l * E;
             for (int64_t e = 0; e < E; e++) row[e] = (double)m->dy[l * E + e];
             ds[l] = dot(row, o->g + a, E);
             add_scaled(dg + a, o->s[l], row, E);
@@ -297,7 +307,7 @@ static void assignment_backward(stv_exec *x, image_grads *d, const image *m)
             for (int64_t e = 0; e < E; e++) dx_hat[l * E + e] = dz * m->alpha * c_hat[a + e];
         }
         row_norm_backward(dx_hat, dx_hat, x_hat, x_norm, L, E);
-        add_scaled(d->dx, 1, dx_hat, L * E);
+        for (int64_t i = 0; d->dx && i < L * E; i++) d->dx[i] = (real)((double)m->dy[i] + dx_hat[i]);
         row_norm_backward(d->dc, d->dc, c_hat, c_norm, N, E);
     }
     stv_arena_release(x->arena, mark);
@@ -305,7 +315,7 @@ static void assignment_backward(stv_exec *x, image_grads *d, const image *m)
 
 static void narrow(real *out, const double *in, int64_t n)
 {
-    for (int64_t i = 0; out && i < n; i++) out[i] = (real)in[i];
+    for (int64_t i = 0; i < n; i++) out[i] = (real)in[i];
 }
 
 /* Of Linear_c, from dp (N,E) and its input: sums as everywhere, in the model's precision. */
@@ -342,7 +352,7 @@ static void rounds_backward(stv_exec *x, image_grads *d, const image *m)
         memset(d->dv, 0, (size_t)(L * E) * sizeof(double));
     }
     for (int64_t t = m->z.rounds - 1; t >= 0; t--) {
-        const double *c_in = o->c_in + t * N * E, *p = o->p + t * N * E, *w = o->w + t * N * L;
+        const double *c_in = t > 0 ? o->c_in + (t - 1) * N * E : p_hat, *p = o->p + t * N * E, *w = o->w + t * N * L;
         stv_matmul_nt_wide(x, dw, d->dc, o->f, N, L, E, false);
         stv_matmul_tn_f64(x, d->df, w, d->dc, L, E, N, true);
         if (!measuring) {
@@ -351,12 +361,13 @@ static void rounds_backward(stv_exec *x, image_grads *d, const image *m)
         }
         stv_matmul_tn_f64(x, d->dv, dw, p_hat, L, E, N, true);
         stv_matmul_nn_f64(x, dp, dw, v_hat, N, E, L, false);
-        if (!measuring) { row_norm_backward(dp, dp, p_hat, p_norm, N, E); }
+        if (!measuring) row_norm_backward(dp, dp, p_hat, p_norm, N, E);
+        if (!measuring && t == 0) pool_forward(p_hat, m->in, L, N, E);
         center_gradients(x, c, dp, c_in, N, E);
         stv_matmul_nn_wide(x, d->dc, dp, c->weight, N, E, E, false);
     }
     if (!measuring) {
-        pool_backward_add(d->dx, d->dc, L, N, E);
+        if (d->dx) pool_backward_add_reals(d->dx, d->dc, L, N, E);
         token_norm_backward(d->dv, sum, v_hat, v_norm, L, E);
     }
     stv_arena_release(x->arena, mark);
@@ -367,7 +378,7 @@ static void image_backward(stv_exec *x, real *din, real *dv, real *df, double ds
 {
     int64_t L = m->z.L, E = m->z.E;
     size_t mark = stv_arena_mark(x->arena);
-    image_grads d = {.dx = doubles(x, L, E), .df = doubles(x, L, E), .dv = NULL, .dc = doubles(x, m->z.N, E)};
+    image_grads d = {.dx = din, .df = doubles(x, L, E), .dv = NULL, .dc = doubles(x, m->z.N, E)};
     assignment_backward(x, &d, m);
     d.dv = doubles(x, L, E);
     rounds_backward(x, &d, m);
@@ -376,7 +387,6 @@ static void image_backward(stv_exec *x, real *din, real *dv, real *df, double ds
         dscalars[1] += d.dbeta;
         narrow(dv, d.dv, L * E);
         narrow(df, d.df, L * E);
-        narrow(din, d.dx, L * E);
     }
     stv_arena_release(x->arena, mark);
 }
@@ -405,7 +415,7 @@ real *stv_cluster_forward(stv_exec *x, const real *in, int64_t n_images, int64_t
     *saved = (stv_cluster_saved){
         .v = stv_reals(x, n_rows, z.E),
         .f = stv_reals(x, n_rows, z.E),
-        .c_in = doubles(x, n_centers * z.rounds, z.E),
+        .c_in = doubles(x, n_centers * (z.rounds - 1), z.E),
         .p = doubles(x, n_centers * z.rounds, z.E),
         .w = doubles(x, n_centers * z.rounds, z.L),
         .c = doubles(x, n_centers, z.E),

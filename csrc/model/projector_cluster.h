@@ -24,7 +24,7 @@
 
 typedef struct stv_cluster_saved { /* n images */
     real *v, *f;                   /* (n*L,E) */
-    double *c_in, *p, *w;          /* (n,rounds,N,E), (n,rounds,N,E), (n,rounds,N,L) */
+    double *c_in, *p, *w;          /* (n,rounds-1,N,E): entering all rounds but the first, (n,rounds,N,E), (n,rounds,N,L) */
     double *c, *g;                 /* (n,N,E): last centres; what they gathered */
     double *cosine, *s;            /* (n*L): of each token and its centre */
     double *margin;                /* (n*L): largest minus second largest S */
