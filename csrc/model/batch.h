@@ -15,11 +15,11 @@
 struct stv_batch {
     const stv_model *model; /* the one it was made for */
     stv_batch_view view;
-    stv_attn_plan plan;               /* segments as given, one group for each tree */
-    stv_targets targets;              /* grouped by predicting row */
-    const int64_t *head_row;          /* (n_head_rows) ascending: the rows that predict or hold a label; the others need not leave the decoder */
-    const int64_t *predicting;        /* (targets.n_rows) which head row predicts each group */
-    const int64_t *label;             /* (n_targets) which head row holds the label */
+    stv_attn_plan plan;        /* segments as given, one group for each tree */
+    stv_targets targets;       /* grouped by predicting row */
+    const int64_t *head_row;   /* (n_head_rows) ascending: the rows that predict or hold a label; the others need not leave the decoder */
+    const int64_t *predicting; /* (targets.n_rows) which head row predicts each group */
+    const int64_t *label;      /* (n_targets) which head row holds the label */
     int64_t n_head_rows;
     const int64_t *sequence_last_row; /* (Q) last row of the path; -1: the path has none */
     const uint64_t *image_sample;     /* (n_images) dropout key of the first segment that shows the image */

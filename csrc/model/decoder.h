@@ -26,12 +26,12 @@ typedef struct stv_decoder_cache {
     const int64_t *row;
 } stv_decoder_cache;
 
-typedef struct stv_decoder_saved {                        /* one layer, for backward; D width, F intermediate size. From mid on R is n_out in the last */
-    const real *in;                                       /* (R,D) */
-    real *rstd1;                                          /* (R) */
-    real *q, *k, *v, *attn, *lse;                         /* (R, heads, head_dim) ...; lse (R,H) */
-    real *mid, *rstd2;                                    /* (R,D) (R): after attention */
-    real *gate, *up;                                      /* (R,F) */
+typedef struct stv_decoder_saved { /* one layer, for backward; D width, F intermediate size. From mid on R is n_out in the last */
+    const real *in;                /* (R,D) */
+    real *rstd1;                   /* (R) */
+    real *q, *k, *v, *attn, *lse;  /* (R, heads, head_dim) ...; lse (R,H) */
+    real *mid, *rstd2;             /* (R,D) (R): after attention */
+    real *gate, *up;               /* (R,F) */
     real *u_q, *u_k, *u_v, *u_o, *u_gate, *u_up, *u_down; /* of the adapters */
 } stv_decoder_saved;
 

@@ -25,8 +25,8 @@
 
 #include <string.h>
 
-#define B_BLOCK_BYTES 2048 /* 512 columns of floats: with 256 rows, 512 KB of the L2 cache; wider packs a less often */
-#define SMALL_FLOP 200000  /* below, waking a thread costs more than it brings */
+#define B_BLOCK_BYTES 2048                  /* 512 columns of floats: with 256 rows, 512 KB of the L2 cache; wider packs a less often */
+#define SMALL_FLOP 200000                   /* below, waking a thread costs more than it brings */
 #define MAX_ROWS 2048                       /* of a block: with 256 of K, 2 MB of a are kept packed for all its columns */
 #define GROUP 4                             /* strips packed at once */
 #define A_STRIDE (STV_GEMM_K_BLOCK + 16)    /* of packed rows of a: 17 cache lines, so that rows lie in different sets */
