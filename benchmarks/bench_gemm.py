@@ -72,12 +72,17 @@ def step_products() -> Counter[Product]:
     return products
 
 
+def core_flags() -> list[str]:
+    """Flags that build the core's products into a program, as setup.py builds them."""
+    listed = [line.split() for line in (CORE / "sources.txt").read_text().splitlines() if line and not line.startswith("#")]
+    sources = [str(CORE / name) for kind, name in listed if kind == "once" and name.startswith(("base/", "tensor/", "ops/"))]
+    folder = scipy_openblas32.get_lib_dir()
+    return [*BUILD_FLAGS, f"-I{CORE}", *sources, f"-L{folder}", f"-l{scipy_openblas32.get_library()}", f"-Wl,-rpath,{folder}"]
+
+
 @cache
 def program() -> Path:
-    listed = [line.split() for line in (CORE / "sources.txt").read_text().splitlines() if line and not line.startswith("#")]
-    sources = [str(CORE / name) for kind, name in listed if kind == "once" and name.startswith(("base/", "ops/"))]
-    folder = scipy_openblas32.get_lib_dir()
-    return compile_c("bench_gemm.c", *BUILD_FLAGS, f"-I{CORE}", *sources, f"-L{folder}", f"-l{scipy_openblas32.get_library()}", f"-Wl,-rpath,{folder}")
+    return compile_c("bench_gemm.c", *core_flags())
 
 
 def measure(products: list[Product], rounds: int) -> list[tuple[float, float]]:

@@ -172,4 +172,26 @@ class Cluster:
 
 
 CLUSTER = Cluster()
+
+# Parts of LLaVA-1.5-7B in their real shapes, for bench_real.py.
+REAL = Model(336, 14, 1024, 23, 16, 4096, 11008, 2, 32, 32000, 0)
+CACHED, ANSWER_TOKENS = 700, 20
+LINEARS = {"gemm_bf16_llama": (704, 11008, 4096), "gemm_bf16_vit": (577, 4096, 1024)}  # rows, out, in
+
+
+def decode_prompt() -> np.ndarray:
+    """(CACHED,)"""
+    return np.random.default_rng(4).integers(3, REAL.vocab, CACHED)
+
+
+def real_questions() -> np.ndarray:
+    """(12, 32)"""
+    return np.random.default_rng(5).integers(3, REAL.vocab, (12, 32))
+
+
+def real_pixels() -> np.ndarray:
+    """(1, 3, 336, 336) f32"""
+    return np.random.default_rng(6).normal(size=(1, 3, 336, 336)).astype(np.float32)
+
+
 PICTURE, PICTURE_SIZE = BUILD / "picture.jpg", 336  # made by bench_image.py; side of what the tower reads

@@ -53,9 +53,9 @@ def make_row(id: str, case: str, ours: float, peer: float | None, peer_name: str
 
 
 class Worker:
-    """One side: a process that serves `worker.serve`."""
+    """One side: a process that serves `worker.serve`; `command` runs the script args[0], or is a program that takes all of them."""
 
-    def __init__(self, command: list[str], *args: str, threads: int = 1) -> None:
+    def __init__(self, command: list[str], *args: str, threads: int = 1, is_program: bool = False) -> None:
         self.name = " ".join(args)
         if not Path(command[0]).exists():
             raise SystemExit(f"{self.name}: no interpreter {command[0]}; `make bench` makes one, or let STLLAVA_PEERS name the full path of another")
@@ -63,7 +63,8 @@ class Worker:
         count = str(threads)
         env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count,
                "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        self.process = subprocess.Popen([*command, str(HERE / args[0]), *args[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+        words = args if is_program else (str(HERE / args[0]), *args[1:])
+        self.process = subprocess.Popen([*command, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
                                         preexec_fn=lambda: os.sched_setaffinity(0, cores[-threads:]))  # noqa: PLW1509 - before there are threads
 
     def run(self, repeat: int = 1) -> dict[str, float]:
@@ -96,7 +97,7 @@ class Side:
     growth_bytes: int
 
 
-def take_turns(ours: Worker, peer: Worker, *, rounds: int, repeat: int = 1) -> tuple[Side, Side]:
+def take_turns(ours: Worker, peer: Worker, *, rounds: int, repeat: int = 1, tolerance: float = TOLERANCE) -> tuple[Side, Side]:
     """One uncounted turn each, then `rounds`. In the first two turns, before and after an update, both sides must have the same value; later rounding grows by
     training."""
     samples: tuple[list, list] = ([], [])
@@ -104,7 +105,7 @@ def take_turns(ours: Worker, peer: Worker, *, rounds: int, repeat: int = 1) -> t
         for worker, taken in zip((ours, peer), samples, strict=True):
             taken.append(worker.run(repeat))
         a, b = (taken[-1]["value"] for taken in samples)
-        if i_round < 2 and not abs(a - b) <= TOLERANCE * max(1.0, abs(b)):
+        if i_round < 2 and not abs(a - b) <= tolerance * max(1.0, abs(b)):
             raise SystemExit(f"turn {i_round}: {ours.name} has {a!r}, {peer.name} has {b!r}; they do not do the same work")
     sides = tuple(Side(statistics.median(s["seconds"] for s in taken[1:]), statistics.median(s["cpu_seconds"] for s in taken[1:]),
                        taken[-1]["peak_bytes"], taken[-1]["growth_bytes"]) for taken in samples)
