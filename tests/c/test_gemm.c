@@ -2,12 +2,9 @@
 #include "ops/gemm.h"
 
 #include "base/alloc.h"
-#include "base/cpu.h"
+#include "check_cpu.h"
 #include "check_exec.h"
 #include "ops/gemm_kernel.h"
-
-#include <sys/wait.h>
-#include <unistd.h>
 
 typedef enum product_kind { NT, NN, TN } product_kind;
 
@@ -206,28 +203,7 @@ static void steady_call_allocates_nothing(void)
     stv_pool_free(pool);
 }
 
-/* The cases above at every lower level: STLLAVA_CPU is read once a process, so each level is a process. */
-static const char *program;
-
-static void lower_cpu_levels(void)
-{
-    if (getenv("STLLAVA_CPU")) {
-        check_skip("this process is one of the levels");
-        CHECK(strcmp(stv_cpu_level_name(stv_cpu()), getenv("STLLAVA_CPU")) == 0);
-        return;
-    }
-    for (int level = 0; level < (int)stv_cpu(); level++) {
-        pid_t child = fork();
-        if (child == 0) {
-            setenv("STLLAVA_CPU", stv_cpu_level_name((stv_cpu_level)level), 1);
-            execl(program, program, (char *)NULL);
-            _exit(127);
-        }
-        int status = -1;
-        CHECK(child > 0 && waitpid(child, &status, 0) == child);
-        CHECK_INT(status, 0);
-    }
-}
+static void lower_cpu_levels(void) { check_lower_cpu_levels(); }
 
 static const check_case cases[] = {
     {"values and order", values_and_order},
@@ -242,6 +218,6 @@ static const check_case cases[] = {
 
 int main(int argc, char **argv)
 {
-    program = argv[0];
+    check_program = argv[0];
     return CHECK_RUN(cases);
 }
