@@ -37,7 +37,8 @@ typedef struct stv_stored {
 /* From element i on. */
 static inline stv_stored stv_stored_from(stv_stored s, int64_t i)
 {
-    return (stv_stored){(const char *)s.data + i * (int64_t)stv_dtype_size(s.dtype), s.dtype};
+    s.data = (const char *)s.data + i * (int64_t)stv_dtype_size(s.dtype);
+    return s;
 }
 
 #endif
