@@ -104,7 +104,8 @@ typedef struct stv_tensor_info {
     int ndim;
     int64_t shape[4];
     int64_t size;    /* elements */
-    void *data;      /* real; NULL until bound. Trainable: inside the flat buffer */
+    void *data;      /* NULL until bound. Trainable: inside the flat buffer */
+    stv_dtype dtype; /* of data: as it was bound while frozen, else the model's */
     int64_t offset;  /* element offset in the flat buffer; -1: frozen */
     bool influences; /* false: no output depends on it (tower layers behind select_layer, post-LayerNorm, ln_1) */
     bool optional;   /* may stay unbound: tensors that do not influence */
@@ -114,9 +115,10 @@ int64_t stv_model_n_tensors(const stv_model *model);
 stv_tensor_info stv_model_tensor(const stv_model *model, int64_t i);
 int64_t stv_model_find(const stv_model *model, const char *name); /* -1: no such tensor */
 
-/* Borrows `data` (size elements of the model's dtype) until bound again, made trainable, or the model is freed.
- * A trainable tensor is copied into the flat buffer instead. Errors: name, shape. */
-stv_status stv_model_bind(stv_model *model, const char *name, const void *data, int64_t size);
+/* Borrows the values (size elements, aligned to their size) until bound again, made trainable, or the model is freed. They may be stored in any precision
+ * that the model's holds exactly, f16 and bf16 among them: they stay as they lie and are widened where they are read, so every result has the bits of
+ * the model with widened values. A trainable tensor is copied into the flat buffer instead. Errors: name, shape, dtype. */
+stv_status stv_model_bind(stv_model *model, const char *name, stv_stored values, int64_t size);
 
 /* Puts an adapter on a linear module ("model.layers.0.mlp.up_proj"); its two tensors appear unbound at the end of the table.
  * scale = alpha/r (alpha/sqrt(r) for rsLoRA). Errors: name (no such linear), argument, state (has one already, or runs exist). */

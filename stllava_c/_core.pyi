@@ -44,6 +44,7 @@ class TensorInfo(NamedTuple):
     influences: bool
     optional: bool
     bound: bool
+    dtype: str
 
 @final
 class Model:

@@ -27,7 +27,7 @@ static real *logits_of(stv_exec *x, const stv_generator *g, const real *stream, 
     stv_decoder_head head = {.n = n};
     stv_decoder_head_forward(x, &head, &g->pass->weights, stream);
     real *logits = stv_reals(x, n, c->vocab_size);
-    stv_matmul_nt(x, logits, head.h, stv_weight(&g->pass->weights, g->model->decoder.head), n, c->vocab_size, c->hidden_size, false);
+    stv_matmul_nt_stored(x, logits, head.h, stv_weight(&g->pass->weights, g->model->decoder.head), n, c->vocab_size, c->hidden_size, false);
     return logits;
 }
 
@@ -43,7 +43,7 @@ static void decode(stv_exec *x, void *context)
     pass->plan = &g->cache->plan;
     pass->out_row = NULL;
     real *in = stv_reals(x, n, c->hidden_size);
-    stv_gather_rows(x, in, stv_weight(pass->weights, g->model->decoder.embed), g->next_token, n, c->hidden_size);
+    stv_splice_forward(x, in, stv_weight(pass->weights, g->model->decoder.embed), NULL, g->next_token, NULL, n, c->hidden_size);
     const real *stream = stv_decoder_forward(x, pass, in);
     const real *logits = logits_of(x, g, stream, n);
     if (stv_measuring(x) || stv_stopped()) return; /* then the logits before stay, and the step can be taken again */

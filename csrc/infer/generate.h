@@ -29,7 +29,7 @@ struct stv_generator {
     uint64_t *seeds;     /* (n) */
     bool *finished;      /* (n) */
     int64_t *active;     /* (n) numbers of the unfinished, in order */
-    int64_t *next_token; /* (n) of the active, in order */
+    int32_t *next_token; /* (n) of the active, in order */
     double *draw_logp;   /* (n); NaN: logits that are no numbers */
     int32_t *draw_token; /* (n) */
     void *logits;        /* (n,V) real */

@@ -12,7 +12,7 @@
 #include <string.h>
 
 typedef struct layer {
-    const real *input_norm, *post_norm;
+    stv_stored input_norm, post_norm;
     real *dinput_norm, *dpost_norm;
     stv_linear q, k, v, o, gate, up, down;
 } layer;

@@ -1,6 +1,7 @@
 #include "model/params.h"
 
 #include "base/alloc.h"
+#include "tensor/widen.h"
 
 #include <assert.h>
 #include <stdarg.h>
@@ -50,7 +51,8 @@ static int add_tensor(builder *b, const char *name, int ndim, const int64_t *sha
         return 0;
     }
     stv_param *p = &m->params[m->n_params];
-    *p = (stv_param){.name = copy, .ndim = ndim, .size = 1, .part = b->part, .influences = b->influences, .adapter = b->adapter, .offset = -1};
+    *p = (stv_param){
+        .name = copy, .ndim = ndim, .size = 1, .part = b->part, .influences = b->influences, .adapter = b->adapter, .dtype = m->dtype, .offset = -1};
     for (int i = 0; i < ndim; i++) p->size *= p->shape[i] = shape[i];
     return m->n_params++;
 }
@@ -252,6 +254,7 @@ stv_tensor_info stv_model_tensor(const stv_model *model, int64_t i)
                             .ndim = p->ndim,
                             .size = p->size,
                             .data = p->data,
+                            .dtype = p->dtype,
                             .offset = p->offset,
                             .influences = p->influences,
                             .optional = !p->influences};
@@ -300,23 +303,36 @@ stv_status stv_params_check_unmerged(const stv_model *model, const char *what)
 
 /* ---- binding ------------------------------------------------------------------------------------------------------------- */
 
-stv_status stv_model_bind(stv_model *model, const char *name, const void *data, int64_t size)
+/* Values (n) in the model's precision. */
+static void widen(const stv_model *model, void *to, stv_stored from, int64_t n)
+{
+    if (model->dtype == STV_DTYPE_F64) stv_widen_f64(to, from, n);
+    else stv_widen_f32(to, from, n);
+}
+
+stv_status stv_model_bind(stv_model *model, const char *name, stv_stored values, int64_t size)
 {
     int64_t i;
     STV_TRY(find(model, name, &i));
     STV_TRY(stv_params_check_unmerged(model, "bind"));
     stv_param *p = &model->params[i];
-    if (!data) return stv_fail(STV_ERR_ARGUMENT, "bind \"%s\": no data", name);
+    if (!values.data) return stv_fail(STV_ERR_ARGUMENT, "bind \"%s\": no data", name);
     if (size != p->size) return stv_fail(STV_ERR_SHAPE, "bind \"%s\": %lld elements, want %lld", name, (long long)size, (long long)p->size);
+    if ((unsigned)values.dtype >= STV_N_DTYPES || !stv_dtype_widens(values.dtype, model->dtype))
+        return stv_fail(STV_ERR_DTYPE, "bind \"%s\": %s values in a model of %s, want %s", name,
+                        (unsigned)values.dtype < STV_N_DTYPES ? stv_dtype_name(values.dtype) : "unknown", stv_dtype_name(model->dtype),
+                        model->dtype == STV_DTYPE_F64 ? "f64, f32, f16 or bf16" : "f32, f16 or bf16");
     if (p->offset >= 0) {
         size_t item = stv_dtype_size(model->dtype);
         p->data = (char *)model->theta + (size_t)p->offset * item;
-        memmove(p->data, data, (size_t)size * item);
+        if (values.dtype == model->dtype) memmove(p->data, values.data, (size_t)size * item);
+        else widen(model, p->data, values, size);
         return STV_OK;
     }
     stv_free(p->own);
     p->own = NULL;
-    p->data = (void *)data; /* frozen tensors are only read */
+    p->data = (void *)values.data; /* frozen tensors are only read */
+    p->dtype = values.dtype;
     return STV_OK;
 }
 
@@ -425,8 +441,9 @@ static void move_values(stv_model *model, const layout *next)
         if (!p->data || (!trained && !trains)) continue;
         void *place = trains ? (char *)next->theta + (size_t)p->offset * item : p->own;
         assert(place); /* allocated by the step that cannot be undone any more */
-        memcpy(place, p->data, (size_t)p->size * item);
+        widen(model, place, (stv_stored){p->data, p->dtype}, p->size);
         p->data = place;
+        p->dtype = model->dtype;
         if (trains) {
             stv_free(p->own);
             p->own = NULL;

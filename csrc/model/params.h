@@ -1,8 +1,8 @@
 /* params.h - the model as a table of named tensors and of linear modules, and where their values lie.
  *
- *   table of tensors   name, shape, data -->  borrowed (bound by the caller)            frozen
- *                                             own copy (trained once, frozen now)       frozen
- *                                             a place in theta, gradient in grad        trainable
+ *   table of tensors   name, shape, data -->  borrowed (bound by the caller), maybe f16 or bf16   frozen
+ *                                             own copy (trained once, frozen now)                 frozen
+ *                                             a place in theta, gradient in grad                  trainable
  *   table of modules   weight, bias, lora_A, lora_B as tensor numbers; the merged weight while adapters are merged
  *   layers             which tensor and module numbers a layer of the tower or the decoder consists of
  *
@@ -21,9 +21,10 @@ typedef struct stv_param {
     int64_t shape[4], size;
     stv_part part;
     bool influences, adapter;
-    void *data;     /* NULL until bound */
-    void *own;      /* the model's own memory, or NULL */
-    int64_t offset; /* in theta; -1: frozen */
+    void *data;      /* NULL until bound */
+    stv_dtype dtype; /* of data; the model's unless borrowed */
+    void *own;       /* the model's own memory, or NULL */
+    int64_t offset;  /* in theta; -1: frozen */
 } stv_param;
 
 typedef struct stv_module { /* a linear layer that can carry an adapter */

@@ -25,6 +25,14 @@ static double *widened(stv_exec *x, const real *in, int64_t rows, int64_t cols)
     return out;
 }
 
+/* Of one element. */
+static double scalar(const stv_weights *weights, int tensor)
+{
+    real value;
+    stv_widen(&value, stv_weight(weights, tensor), 1);
+    return (double)value;
+}
+
 static double dot(const double *a, const double *b, int64_t n)
 {
     double lane[4] = {0};
@@ -229,6 +237,7 @@ static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real
     double *x_hat = widened(x, in, L, E), *v = widened(x, o->v, L, E);
     double *norm = doubles(x, 1, L > E ? L : E), *sum = doubles(x, 1, L), *row_norms = doubles(x, 1, L > N ? L : N), *p_hat = doubles(x, N, E);
     double *similarity = doubles(x, N, L);
+    const real *bias = stv_widened(x, c->bias, E);
     bool measuring = stv_measuring(x);
     if (!measuring) {
         token_norm_forward(v, norm, v, L, E);
@@ -238,12 +247,12 @@ static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real
     for (int64_t t = 0; t < z.rounds; t++) {
         double *c_in = t > 0 ? o->c_in + (t - 1) * N * E : p_hat, *p = o->p + t * N * E, *w = o->w + t * N * L;
         if (!measuring)
-            for (int64_t i = 0; i < N * E; i++) p[i] = (double)c->bias[i % E];
-        stv_matmul_nt_wide(x, p, c_in, c->weight, N, E, E, true);
+            for (int64_t i = 0; i < N * E; i++) p[i] = (double)bias[i % E];
+        stv_matmul_nt_stored_f64(x, p, c_in, c->weight, N, E, E, true);
         if (!measuring) row_norm_forward(p_hat, row_norms, p, N, E);
         stv_matmul_nt_f64(x, w, p_hat, v, N, L, E, false);
         if (!measuring) center_softmax_forward(w, norm, sum, N, L);
-        stv_matmul_nn_wide(x, t + 1 < z.rounds ? o->c_in + t * N * E : o->c, w, o->f, N, E, L, false);
+        stv_matmul_nn_stored_f64(x, t + 1 < z.rounds ? o->c_in + t * N * E : o->c, w, stv_stored_reals(o->f), N, E, L, false);
     }
     if (!measuring) {
         row_norm_forward(p_hat, row_norms, o->c, N, E);
@@ -252,7 +261,7 @@ static void image_forward(stv_exec *x, real *y, stv_cluster_saved *o, const real
     stv_matmul_nt_f64(x, similarity, p_hat, x_hat, N, L, E, false);
     if (!measuring) {
         const stv_projector_params *ids = &weights->model->projector;
-        assign(o, similarity, (double)*stv_weight(weights, ids->sim_alpha), (double)*stv_weight(weights, ids->sim_beta), z);
+        assign(o, similarity, scalar(weights, ids->sim_alpha), scalar(weights, ids->sim_beta), z);
         gather_and_spread(y, o, in, z);
     }
     stv_arena_release(x->arena, mark);
@@ -353,7 +362,7 @@ static void rounds_backward(stv_exec *x, image_grads *d, const image *m)
     }
     for (int64_t t = m->z.rounds - 1; t >= 0; t--) {
         const double *c_in = t > 0 ? o->c_in + (t - 1) * N * E : p_hat, *p = o->p + t * N * E, *w = o->w + t * N * L;
-        stv_matmul_nt_wide(x, dw, d->dc, o->f, N, L, E, false);
+        stv_matmul_nt_stored_f64(x, dw, d->dc, stv_stored_reals(o->f), N, L, E, false);
         stv_matmul_tn_f64(x, d->df, w, d->dc, L, E, N, true);
         if (!measuring) {
             center_softmax_backward(dw, sum, w, N, L);
@@ -364,7 +373,7 @@ static void rounds_backward(stv_exec *x, image_grads *d, const image *m)
         if (!measuring) row_norm_backward(dp, dp, p_hat, p_norm, N, E);
         if (!measuring && t == 0) pool_forward(p_hat, m->in, L, N, E);
         center_gradients(x, c, dp, c_in, N, E);
-        stv_matmul_nn_wide(x, d->dc, dp, c->weight, N, E, E, false);
+        stv_matmul_nn_stored_f64(x, d->dc, dp, c->weight, N, E, E, false);
     }
     if (!measuring) {
         if (d->dx) pool_backward_add_reals(d->dx, d->dc, L, N, E);
@@ -449,7 +458,7 @@ void stv_cluster_backward(stv_exec *x, real *din, const real *dy, const real *in
     for (int64_t i = 0; i < n_images; i++) {
         stv_cluster_saved o = image_of(saved, i, z);
         int64_t first = i * z.L * z.E;
-        const double alpha = stv_measuring(x) ? 0 : (double)*stv_weight(weights, ids->sim_alpha);
+        const double alpha = stv_measuring(x) ? 0 : scalar(weights, ids->sim_alpha);
         const image m = {in + first, dy + first, &o, &c, alpha, z};
         image_backward(x, din ? din + first : NULL, dv + first, df + first, dscalars, &m);
     }

@@ -177,7 +177,7 @@ static void logits_forward(stv_exec *x, void *context)
     const stv_decoder_config *c = &pass->model->config.decoder;
     stv_decoder_head head = {.n = call->n};
     stv_decoder_head_forward(x, &head, &pass->weights, stv_decoder_more_rows(x, &pass->decoder, call->rows, call->n));
-    stv_matmul_nt(x, call->out, head.h, stv_weight(&pass->weights, pass->model->decoder.head), call->n, c->vocab_size, c->hidden_size, false);
+    stv_matmul_nt_stored(x, call->out, head.h, stv_weight(&pass->weights, pass->model->decoder.head), call->n, c->vocab_size, c->hidden_size, false);
 }
 
 stv_status STV_TYPED(stv_run_logits)(stv_run *run, const int64_t *rows, int64_t n, void *out)

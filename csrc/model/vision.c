@@ -121,7 +121,7 @@ static void layer_backward(stv_exec *x, real *d, const stv_vision_pass *pass, in
 typedef struct embeddings {
     stv_linear patch;
     stv_norm pre_norm;
-    const real *class_embedding, *positions;
+    stv_stored class_embedding, positions;
     real *dclass_embedding, *dpositions;
 } embeddings;
 

@@ -11,10 +11,10 @@ stv_weights stv_weights_init(const stv_model *model, const stv_forward_options *
         .model = model, .theta = options->theta ? options->theta : model->theta, .adapters = options->adapters, .grads = options->train};
 }
 
-const real *stv_weight(const stv_weights *weights, int tensor)
+stv_stored stv_weight(const stv_weights *weights, int tensor)
 {
     const stv_param *p = &weights->model->params[tensor];
-    return p->offset >= 0 ? weights->theta + p->offset : p->data;
+    return p->offset >= 0 ? stv_stored_reals(weights->theta + p->offset) : (stv_stored){p->data, p->dtype};
 }
 
 real *stv_weight_grad(const stv_weights *weights, int tensor)
@@ -43,7 +43,7 @@ stv_linear stv_weights_linear(const stv_weights *weights, int number)
     stv_linear lin = stv_weights_affine(weights, (stv_affine){module->weight, module->bias});
     if (!weights->adapters || module->rank == 0) return lin;
     if (module->merged) {
-        lin.weight = module->merged;
+        lin.weight = stv_stored_reals(module->merged);
         return lin;
     }
     lin.lora = (stv_lora){

@@ -1,6 +1,7 @@
 /* weights.h - how one pass sees the model: tensor numbers become pointers to values and to gradients.
  *
- * The values of trainable tensors come from one flat buffer, the model's own or a snapshot of it (the reference policy). Adapters may be off.
+ * The values of trainable tensors come from one flat buffer, the model's own or a snapshot of it (the reference policy); frozen ones as they were bound.
+ * Adapters may be off.
  * A gradient pointer is NULL when the tensor is frozen or nobody will ask, and then no operator works for it. */
 #ifndef STV_MODEL_WEIGHTS_H
 #define STV_MODEL_WEIGHTS_H
@@ -25,7 +26,7 @@ typedef struct stv_weights {
 
 stv_weights stv_weights_init(const stv_model *model, const stv_forward_options *options);
 
-const real *stv_weight(const stv_weights *weights, int tensor);
+stv_stored stv_weight(const stv_weights *weights, int tensor);
 real *stv_weight_grad(const stv_weights *weights, int tensor);
 stv_linear stv_weights_linear(const stv_weights *weights, int number);
 stv_linear stv_weights_affine(const stv_weights *weights, stv_affine affine); /* a linear layer that carries no adapter */

@@ -1,7 +1,7 @@
 /* gemm.c - one driver for every matrix product.
  *
  *   y is cut into blocks, one task each. A task, for one K block after another, for some 512 of its columns after others:
- *     packs those columns of b into panels as wide as the register tile                                  (L2)
+ *     packs those columns of b into panels as wide as the register tile, widened if stored narrower      (L2)
  *     for every strip of rows: copies those rows of a, the first time (L3, L1), runs the tile along the panels
  *   An operand that is used once or twice and lies the right way is read in place. A narrow y is computed transposed.
  *
@@ -12,7 +12,7 @@
  *
  * The road not taken: OpenBLAS for large products. Alone it is not batch invariant (it changes kernels with M*N*K), so it would be called on row
  * tiles of one fixed size. Measured on one Ice Lake core at N = K = 2048 (GFLOP/s, register peak 175): M = 1408 ours 136, OpenBLAS free to choose 124,
- * on tiles of 128 or 256 rows 90 to 92; one row, N = K = 4096 (a decoding step): ours 7 ms, tiles 42 to 73, free 12. So it serves only the product
+ * on tiles of 128 or 256 rows 90 to 92; one row, N = K = 4096 (a decoding step): ours 7 ms then, 5 now, tiles 42 to 73, free 12. So it serves only the product
  * that needs no batch invariance, the large weight gradient, and that only where there is no AVX-512 (gemm_blas.h).
  */
 #define STV_REAL_BITS 32 /* gemm.h names both precisions; this file is compiled once and uses neither "real" */
@@ -77,9 +77,8 @@ static const stv_gemm_kernel *choose_kernel(stv_dtype dtype)
 /* ---- driver -------------------------------------------------------------------------------------------------------------- */
 
 typedef struct operand {
-    const char *data;
-    bool transposed; /* a: (K,M) in place of (M,K); b: (N,K) in place of (K,N) */
-    bool single;     /* b only: floats in a product of doubles, widened while packing */
+    stv_stored values; /* a: of the kernel's type */
+    bool transposed;   /* a: (K,M) in place of (M,K); b: (N,K) in place of (K,N) */
 } operand;
 
 typedef struct product {
@@ -114,22 +113,15 @@ static piece get_piece(int64_t begin, int64_t end, int64_t i, int64_t n, int64_t
     return (piece){from, min64(begin + n_units * (i + 1) / n * unit, end) - from};
 }
 
-static void widen_b(const product *p, double *panel, piece cols, int64_t k0, int64_t depth)
-{
-    int64_t width = p->kernel->n_cols, row = p->b.transposed ? 1 : p->N, column = p->b.transposed ? p->K : 1;
-    const float *from = (const float *)p->b.data + k0 * row + cols.begin * column;
-    for (int64_t k = 0; k < depth; k++)
-        for (int64_t j = 0; j < cols.count; j++) panel[k * width + j] = (double)from[k * row + j * column];
-}
+static bool is_wide(const product *p) { return p->b.values.dtype == p->kernel->dtype; }
 
 /* panel (depth, n_cols) = some columns of b, rows k0..; beyond them zero, as far as a tile reads. */
 static void pack_b(const product *p, char *panel, piece cols, int64_t k0, int64_t depth)
 {
     int64_t size = p->kernel->size_bytes, width = p->kernel->n_cols;
     if (cols.count % p->kernel->n_lanes) memset(panel, 0, (size_t)(depth * width * size));
-    if (p->b.single) widen_b(p, (double *)(void *)panel, cols, k0, depth);
-    else if (p->b.transposed) p->kernel->transpose(panel, width, p->b.data + (cols.begin * p->K + k0) * size, p->K, cols.count, depth);
-    else p->kernel->copy(panel, width, p->b.data + (k0 * p->N + cols.begin) * size, p->N, depth, cols.count);
+    if (p->b.transposed) p->kernel->transpose(panel, width, stv_stored_from(p->b.values, cols.begin * p->K + k0), p->K, cols.count, depth);
+    else p->kernel->copy(panel, width, stv_stored_from(p->b.values, k0 * p->N + cols.begin), p->N, depth, cols.count);
 }
 
 /* packed (n, n_rows, A_STRIDE): several strips, so that a transposed a is read in whole cache lines, each once. */
@@ -139,17 +131,17 @@ static void pack_a(const product *p, char *packed, const piece *strips, int n, i
     if (p->a.transposed) {
         for (int64_t k = 0; k < depth; k += 8)
             for (int i = 0; i < n; i++)
-                p->kernel->transpose(packed + i * strip_bytes + k * size, A_STRIDE, p->a.data + ((k0 + k) * p->M + strips[i].begin) * size, p->M,
-                                     min64(8, depth - k), strips[i].count);
+                p->kernel->transpose(packed + i * strip_bytes + k * size, A_STRIDE, stv_stored_from(p->a.values, (k0 + k) * p->M + strips[i].begin),
+                                     p->M, min64(8, depth - k), strips[i].count);
         return;
     }
     for (int i = 0; i < n; i++)
-        p->kernel->copy(packed + i * strip_bytes, A_STRIDE, p->a.data + (strips[i].begin * p->K + k0) * size, p->K, strips[i].count, depth);
+        p->kernel->copy(packed + i * strip_bytes, A_STRIDE, stv_stored_from(p->a.values, strips[i].begin * p->K + k0), p->K, strips[i].count, depth);
 }
 
 /* Where a tile finds its part of an operand. */
 typedef struct source {
-    const char *data;
+    const void *data;
     int64_t stride;
 } source;
 
@@ -166,7 +158,7 @@ static void compute_part(const product *p, char *scratch, piece rows, piece colu
     for (int64_t i = 0; i < n_panels; i++) cols[i] = get_piece(columns.begin, end, i, n_panels, lanes);
     /* What is used once or twice, and lies the right way, is read where it is. */
     bool a_in_place = !p->a.transposed && !keep && n_panels <= A_IN_PLACE;
-    bool b_in_place = !p->b.transposed && !p->b.single && (n_strips <= B_IN_PLACE || p->K * p->N * size <= SMALL_B) && columns.count % lanes == 0;
+    bool b_in_place = !p->b.transposed && is_wide(p) && (n_strips <= B_IN_PLACE || p->K * p->N * size <= SMALL_B) && columns.count % lanes == 0;
 
     for (int64_t i = 0; i < n_panels && !b_in_place; i++) pack_b(p, panels + i * panel_bytes, cols[i], k.begin, k.count);
     for (int64_t i_strip = 0; i_strip < n_strips; i_strip += GROUP) {
@@ -176,11 +168,11 @@ static void compute_part(const product *p, char *scratch, piece rows, piece colu
         for (int i = 0; i < n; i++) strips[i] = get_piece(rows.begin, rows.begin + rows.count, i_strip + i, n_strips, 1);
         if (pack && !a_in_place) pack_a(p, packed, strips, n, k.begin, k.count);
         for (int i = 0; i < n; i++) {
-            source a =
-                a_in_place ? (source){p->a.data + (strips[i].begin * p->K + k.begin) * size, p->K} : (source){packed + i * strip_bytes, A_STRIDE};
+            source a = a_in_place ? (source){stv_stored_from(p->a.values, strips[i].begin * p->K + k.begin).data, p->K}
+                                  : (source){packed + i * strip_bytes, A_STRIDE};
             for (int64_t j = 0; j < n_panels; j++) {
-                source b =
-                    b_in_place ? (source){p->b.data + (k.begin * p->N + cols[j].begin) * size, p->N} : (source){panels + j * panel_bytes, width};
+                source b = b_in_place ? (source){stv_stored_from(p->b.values, k.begin * p->N + cols[j].begin).data, p->N}
+                                      : (source){panels + j * panel_bytes, width};
                 kernel->tile(p->y + (strips[i].begin * p->N + cols[j].begin) * size, p->N, a.data, a.stride, b.data, b.stride,
                              (stv_gemm_extent){strips[i].count, cols[j].count, k.count}, add);
             }
@@ -188,17 +180,34 @@ static void compute_part(const product *p, char *scratch, piece rows, piece colu
     }
 }
 
-static void compute_block(void *arg, int64_t i_task, int i_worker)
+/* One strip of rows: b is all the work. Its rows (of a weight, in a decoding step) are read from end to end, a panel's after another's, which memory
+ * likes: one row, N = K = 4096 in f32 8.0 -> 5.3 ms, bf16 8.2 -> 3.5 (9 GB/s, what this core reads at all). */
+static void compute_strip(const product *p, char *scratch, piece rows, piece columns)
 {
-    const product *p = arg;
-    piece rows = get_piece(0, p->M, i_task / p->n_n_blocks, p->n_m_blocks, 1);
-    piece columns = get_piece(0, p->N, i_task % p->n_n_blocks, p->n_n_blocks, p->kernel->n_cols);
+    int64_t n_parts = count_parts(p, columns.count);
+    for (int64_t i = 0; i < n_parts && !stv_stopped(); i++)
+        for (int64_t k = 0; k < p->K; k += STV_GEMM_K_BLOCK)
+            compute_part(p, scratch, rows, get_piece(columns.begin, columns.begin + columns.count, i, n_parts, p->kernel->n_cols),
+                         (piece){k, min64(STV_GEMM_K_BLOCK, p->K - k)}, true, false);
+}
+
+static void compute_strips(const product *p, char *scratch, piece rows, piece columns)
+{
     int64_t n_parts = count_parts(p, columns.count);
     for (int64_t k = 0; k < p->K; k += STV_GEMM_K_BLOCK)
         for (int64_t i = 0; i < n_parts && !stv_stopped(); i++)
-            compute_part(p, p->scratch + (size_t)i_worker * p->worker_bytes, rows,
-                         get_piece(columns.begin, columns.begin + columns.count, i, n_parts, p->kernel->n_cols),
+            compute_part(p, scratch, rows, get_piece(columns.begin, columns.begin + columns.count, i, n_parts, p->kernel->n_cols),
                          (piece){k, min64(STV_GEMM_K_BLOCK, p->K - k)}, i == 0, n_parts > 1);
+}
+
+static void compute_block(void *arg, int64_t i_task, int i_worker)
+{
+    const product *p = arg;
+    char *scratch = p->scratch + (size_t)i_worker * p->worker_bytes;
+    piece rows = get_piece(0, p->M, i_task / p->n_n_blocks, p->n_m_blocks, 1);
+    piece columns = get_piece(0, p->N, i_task % p->n_n_blocks, p->n_n_blocks, p->kernel->n_cols);
+    if (p->M <= p->kernel->n_rows && p->b.transposed) compute_strip(p, scratch, rows, columns);
+    else compute_strips(p, scratch, rows, columns);
 }
 
 /* How y is cut decides the speed only. Columns first: cutting rows makes every row block pack b again. One block for each thread: with two, a is
@@ -240,14 +249,14 @@ static void turn(const stv_gemm_kernel *kernel, char *dst, const char *src, int6
 {
     int64_t size = kernel->size_bytes;
     if (rows % 8 == 0) {
-        kernel->transpose(dst, rows, src, cols, rows, cols);
+        kernel->transpose(dst, rows, (stv_stored){src, kernel->dtype}, cols, rows, cols);
         return;
     }
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < cols; j++) memcpy(dst + (j * rows + i) * size, src + (i * cols + j) * size, (size_t)size);
 }
 
-static operand flipped(operand o) { return (operand){o.data, !o.transposed, false}; }
+static operand flipped(operand o) { return (operand){o.values, !o.transposed}; }
 
 /* A narrow y leaves most of a vector, and most FMAs of a broadcast, unused: its transpose is computed instead, from the operands as they lie. */
 static void multiply_narrow(stv_exec *x, const stv_gemm_kernel *kernel, void *y, operand a, operand b, int64_t M, int64_t N, int64_t K, bool add)
@@ -264,63 +273,67 @@ static void choose(stv_exec *x, stv_dtype dtype, void *y, operand a, operand b, 
 {
     const stv_gemm_kernel *kernel = choose_kernel(dtype);
     if (M <= 0 || N <= 0) return;
-    if (N <= kernel->n_lanes && M >= kernel->n_cols && !b.single) multiply_narrow(x, kernel, y, a, b, M, N, K, add);
+    if (N <= kernel->n_lanes && M >= kernel->n_cols && b.values.dtype == dtype) multiply_narrow(x, kernel, y, a, b, M, N, K, add);
     else multiply(x, kernel, y, a, b, M, N, K, add);
 }
 
 /* ---- the products ---------------------------------------------------------------------------------------------------- */
 
-static operand as_is(const void *data) { return (operand){data, false, false}; }
+static stv_stored floats(const float *data) { return (stv_stored){data, STV_DTYPE_F32}; }
 
-static operand transposed(const void *data) { return (operand){data, true, false}; }
+static stv_stored doubles(const double *data) { return (stv_stored){data, STV_DTYPE_F64}; }
+
+static operand as_is(stv_stored values) { return (operand){values, false}; }
+
+static operand transposed(stv_stored values) { return (operand){values, true}; }
 
 void stv_matmul_nt_f32(stv_exec *x, float *y, const float *a, const float *w, int64_t M, int64_t N, int64_t K, bool add)
 {
-    choose(x, STV_DTYPE_F32, y, as_is(a), transposed(w), M, N, K, add);
+    stv_matmul_nt_stored_f32(x, y, a, floats(w), M, N, K, add);
 }
 
 void stv_matmul_nt_f64(stv_exec *x, double *y, const double *a, const double *w, int64_t M, int64_t N, int64_t K, bool add)
 {
-    choose(x, STV_DTYPE_F64, y, as_is(a), transposed(w), M, N, K, add);
+    stv_matmul_nt_stored_f64(x, y, a, doubles(w), M, N, K, add);
 }
 
 void stv_matmul_nn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    choose(x, STV_DTYPE_F32, y, as_is(a), as_is(b), M, N, K, add);
+    stv_matmul_nn_stored_f32(x, y, a, floats(b), M, N, K, add);
 }
 
 void stv_matmul_nn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    choose(x, STV_DTYPE_F64, y, as_is(a), as_is(b), M, N, K, add);
+    stv_matmul_nn_stored_f64(x, y, a, doubles(b), M, N, K, add);
 }
 
 void stv_matmul_tn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
 {
     if (stv_gemm_blas_tn_f32(x, y, a, b, M, N, K, add)) return;
-    choose(x, STV_DTYPE_F32, y, transposed(a), as_is(b), M, N, K, add);
+    choose(x, STV_DTYPE_F32, y, transposed(floats(a)), as_is(floats(b)), M, N, K, add);
 }
 
 void stv_matmul_tn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    choose(x, STV_DTYPE_F64, y, transposed(a), as_is(b), M, N, K, add);
+    choose(x, STV_DTYPE_F64, y, transposed(doubles(a)), as_is(doubles(b)), M, N, K, add);
 }
 
-void stv_matmul_nt_wide_f32(stv_exec *x, double *y, const double *a, const float *w, int64_t M, int64_t N, int64_t K, bool add)
+void stv_matmul_nt_stored_f32(stv_exec *x, float *y, const float *a, stv_stored w, int64_t M, int64_t N, int64_t K, bool add)
 {
-    choose(x, STV_DTYPE_F64, y, as_is(a), (operand){(const char *)w, true, true}, M, N, K, add);
+    choose(x, STV_DTYPE_F32, y, as_is(floats(a)), transposed(w), M, N, K, add);
 }
 
-void stv_matmul_nt_wide_f64(stv_exec *x, double *y, const double *a, const double *w, int64_t M, int64_t N, int64_t K, bool add)
+void stv_matmul_nt_stored_f64(stv_exec *x, double *y, const double *a, stv_stored w, int64_t M, int64_t N, int64_t K, bool add)
 {
-    stv_matmul_nt_f64(x, y, a, w, M, N, K, add);
+    choose(x, STV_DTYPE_F64, y, as_is(doubles(a)), transposed(w), M, N, K, add);
 }
 
-void stv_matmul_nn_wide_f32(stv_exec *x, double *y, const double *a, const float *b, int64_t M, int64_t N, int64_t K, bool add)
+void stv_matmul_nn_stored_f32(stv_exec *x, float *y, const float *a, stv_stored b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    choose(x, STV_DTYPE_F64, y, as_is(a), (operand){(const char *)b, false, true}, M, N, K, add);
+    choose(x, STV_DTYPE_F32, y, as_is(floats(a)), as_is(b), M, N, K, add);
 }
 
-void stv_matmul_nn_wide_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add)
+void stv_matmul_nn_stored_f64(stv_exec *x, double *y, const double *a, stv_stored b, int64_t M, int64_t N, int64_t K, bool add)
 {
-    stv_matmul_nn_f64(x, y, a, b, M, N, K, add);
+    choose(x, STV_DTYPE_F64, y, as_is(doubles(a)), as_is(b), M, N, K, add);
 }

@@ -22,16 +22,17 @@ void stv_matmul_nn_f64(stv_exec *x, double *y, const double *a, const double *b,
 void stv_matmul_tn_f32(stv_exec *x, float *y, const float *a, const float *b, int64_t M, int64_t N, int64_t K, bool add);
 void stv_matmul_tn_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add);
 
-/* nt and nn in double with a right side in the model's precision, which is widened while packing and never stored. */
-void stv_matmul_nt_wide_f32(stv_exec *x, double *y, const double *a, const float *w, int64_t M, int64_t N, int64_t K, bool add);
-void stv_matmul_nt_wide_f64(stv_exec *x, double *y, const double *a, const double *w, int64_t M, int64_t N, int64_t K, bool add);
-void stv_matmul_nn_wide_f32(stv_exec *x, double *y, const double *a, const float *b, int64_t M, int64_t N, int64_t K, bool add);
-void stv_matmul_nn_wide_f64(stv_exec *x, double *y, const double *a, const double *b, int64_t M, int64_t N, int64_t K, bool add);
+/* nt and nn with a right side as it is stored, in any precision that the product's holds exactly. It is widened while it is packed, never as a whole:
+ * the bits are those of the product with widened values. */
+void stv_matmul_nt_stored_f32(stv_exec *x, float *y, const float *a, stv_stored w, int64_t M, int64_t N, int64_t K, bool add);
+void stv_matmul_nt_stored_f64(stv_exec *x, double *y, const double *a, stv_stored w, int64_t M, int64_t N, int64_t K, bool add);
+void stv_matmul_nn_stored_f32(stv_exec *x, float *y, const float *a, stv_stored b, int64_t M, int64_t N, int64_t K, bool add);
+void stv_matmul_nn_stored_f64(stv_exec *x, double *y, const double *a, stv_stored b, int64_t M, int64_t N, int64_t K, bool add);
 
 #define stv_matmul_nt STV_TYPED(stv_matmul_nt)
 #define stv_matmul_nn STV_TYPED(stv_matmul_nn)
 #define stv_matmul_tn STV_TYPED(stv_matmul_tn)
-#define stv_matmul_nt_wide STV_TYPED(stv_matmul_nt_wide)
-#define stv_matmul_nn_wide STV_TYPED(stv_matmul_nn_wide)
+#define stv_matmul_nt_stored STV_TYPED(stv_matmul_nt_stored)
+#define stv_matmul_nn_stored STV_TYPED(stv_matmul_nn_stored)
 
 #endif

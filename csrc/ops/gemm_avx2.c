@@ -4,8 +4,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-STV_TARGET_BEGIN("avx2,fma")
-#include "ops/gemm_transpose_avx.h"
+STV_TARGET_BEGIN("avx2,fma,f16c")
+#include "ops/gemm_pack_avx.h"
 
 #define KERNEL stv_gemm_avx2_f32
 #define REAL float
@@ -15,6 +15,7 @@ STV_TARGET_BEGIN("avx2,fma")
 #define TILE_VECS 2
 #define SPLAT(s) _mm256_set1_ps(s)
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define LOAD_HALVES(p, dtype) load_8(p, dtype)
 #define TRANSPOSE_8X8 transpose_8x8
 #define TRANSPOSE_PART transpose_part
 #include "ops/gemm_kernel.h"

@@ -5,8 +5,15 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-STV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#include "ops/gemm_transpose_avx.h"
+STV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "ops/gemm_pack_avx.h"
+
+STV_INLINE __m512 load_16(const void *from, stv_dtype dtype)
+{
+    __m256i halves = _mm256_loadu_si256(from);
+    if (dtype == STV_DTYPE_F16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
 
 #define KERNEL stv_gemm_avx512_f32
 #define REAL float
@@ -16,6 +23,7 @@ STV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define TILE_VECS 3
 #define SPLAT(s) _mm512_set1_ps(s)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define LOAD_HALVES(p, dtype) load_16(p, dtype)
 #define TRANSPOSE_8X8 transpose_8x8
 #define TRANSPOSE_PART transpose_part
 #include "ops/gemm_kernel.h"

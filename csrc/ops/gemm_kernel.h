@@ -5,6 +5,7 @@
  *     KERNEL       name of the stv_gemm_kernel to make        REAL      element type
  *     VEC          vector type, VEC_LANES elements of REAL    TILE_ROWS rows of the tile, <= 8; it is TILE_VECS vectors wide, 2 or 3
  *     SPLAT(s)     all lanes = s                              FMA(a, b, c) a*b + c
+ *     LOAD_HALVES(p, dtype)           optional, a vector from VEC_LANES halves
  *     TRANSPOSE_8X8, TRANSPOSE_PART   optional, see transpose()
  *
  * and includes this header again gets the kernel. Whatever the tile, an output is one chain of FMAs over k in order, so the tile's shape, and the
@@ -12,8 +13,7 @@
 #ifndef STV_OPS_GEMM_KERNEL_H
 #define STV_OPS_GEMM_KERNEL_H
 
-#include <stdbool.h>
-#include <stdint.h>
+#include "tensor/widen.h"
 
 /* K is summed in blocks of this many, each a chain from zero, then added to y. Part of the numerical result: never tuned per machine. The rows
  * of a stay in L1 while b streams through from L2. */
@@ -24,14 +24,15 @@ typedef struct stv_gemm_extent {
 } stv_gemm_extent;
 
 typedef struct stv_gemm_kernel {
+    stv_dtype dtype;
     int64_t size_bytes;              /* of an element */
     int64_t n_rows, n_cols, n_lanes; /* of a full tile, and of a vector; a tile of one vector may have 2 n_rows */
     /* y[i*y_stride + j] = (add ? y : 0) + sum_k a[i*a_stride + k] * b[k*b_stride + j], i < rows, j < cols <= n_cols, k < depth. of b are read up to the next multiple of n_lanes. */
     void (*tile)(void *y, int64_t y_stride, const void *a, int64_t a_stride, const void *b, int64_t b_stride, stv_gemm_extent size, bool add);
-    /* dst[i*dst_stride + j] = src[i*src_stride + j], i < rows, j < cols. */
-    void (*copy)(void *dst, int64_t dst_stride, const void *src, int64_t src_stride, int64_t rows, int64_t cols);
-    /* dst[j*dst_stride + i] = src[i*src_stride + j], i < rows, j < cols; may write zeros up to the next multiple of 8 rows. */
-    void (*transpose)(void *dst, int64_t dst_stride, const void *src, int64_t src_stride, int64_t rows, int64_t cols);
+    /* dst[i*dst_stride + j] = src[i*src_stride + j], i < rows, j < cols, widened. */
+    void (*copy)(void *dst, int64_t dst_stride, stv_stored src, int64_t src_stride, int64_t rows, int64_t cols);
+    /* dst[j*dst_stride + i] = src[i*src_stride + j], i < rows, j < cols, widened; may write zeros up to the next multiple of 8 rows. */
+    void (*transpose)(void *dst, int64_t dst_stride, stv_stored src, int64_t src_stride, int64_t rows, int64_t cols);
 } stv_gemm_kernel;
 
 extern const stv_gemm_kernel stv_gemm_portable_f32, stv_gemm_portable_f64;
@@ -129,36 +130,90 @@ static void LOCAL(tile)(void *y, int64_t y_stride, const void *a, int64_t a_stri
     }
 }
 
-static void LOCAL(copy)(void *dst_, int64_t dst_stride, const void *src_, int64_t src_stride, int64_t rows, int64_t cols)
+/* ---- packing: `src.dtype` is a constant where the bodies are inlined ---- */
+
+static inline __attribute__((always_inline)) REAL LOCAL(load)(stv_stored src, int64_t i)
 {
-    REAL *dst = dst_;
-    const REAL *src = src_;
+    switch (src.dtype) {
+    case STV_DTYPE_F32: return ((const float *)src.data)[i];
+    case STV_DTYPE_F64: return (REAL)((const double *)src.data)[i]; /* of a kernel of doubles */
+    case STV_DTYPE_F16: return stv_widen_f16(((const uint16_t *)src.data)[i]);
+    case STV_DTYPE_BF16: return stv_widen_bf16(((const uint16_t *)src.data)[i]);
+    }
+    return 0;
+}
+
+static inline __attribute__((always_inline)) VEC LOCAL(load_vec)(stv_stored src, int64_t i)
+{
+    VEC v;
+#if defined(LOAD_HALVES)
+    if (src.dtype == STV_DTYPE_F16 || src.dtype == STV_DTYPE_BF16) return LOAD_HALVES((const uint16_t *)src.data + i, src.dtype);
+#endif
+    if (stv_dtype_size(src.dtype) == sizeof(REAL)) __builtin_memcpy(&v, (const REAL *)src.data + i, sizeof v);
+    else
+        for (int lane = 0; lane < VEC_LANES; lane++) v[lane] = LOCAL(load)(src, i + lane);
+    return v;
+}
+
+static inline __attribute__((always_inline)) void LOCAL(copy_body)(REAL *dst, int64_t dst_stride, stv_stored src, int64_t src_stride, int64_t rows,
+                                                                   int64_t cols)
+{
     int64_t whole = cols - cols % VEC_LANES;
-    for (int64_t i = 0; i < rows; i++, dst += dst_stride, src += src_stride) {
-        for (int64_t j = 0; j < whole; j += VEC_LANES) __builtin_memcpy(dst + j, src + j, sizeof(VEC));
-        for (int64_t j = whole; j < cols; j++) dst[j] = src[j];
+    for (int64_t i = 0; i < rows; i++, dst += dst_stride, src = stv_stored_from(src, src_stride)) {
+        for (int64_t j = 0; j < whole; j += VEC_LANES) {
+            VEC v = LOCAL(load_vec)(src, j);
+            __builtin_memcpy(dst + j, &v, sizeof v);
+        }
+        for (int64_t j = whole; j < cols; j++) dst[j] = LOCAL(load)(src, j);
     }
 }
 
-static void LOCAL(transpose)(void *dst_, int64_t dst_stride, const void *src_, int64_t src_stride, int64_t rows, int64_t cols)
+static inline __attribute__((always_inline)) void LOCAL(transpose_body)(REAL *dst, int64_t dst_stride, stv_stored src, int64_t src_stride,
+                                                                        int64_t rows, int64_t cols)
 {
-    REAL *dst = dst_;
-    const REAL *src = src_;
 #if defined(TRANSPOSE_8X8)
     for (int64_t i = 0; i < rows; i += 8) {
         int64_t j = 0, n_rows = rows - i < 8 ? rows - i : 8;
         if (n_rows == 8)
-            for (; j + 8 <= cols; j += 8) TRANSPOSE_8X8(dst + j * dst_stride + i, dst_stride, src + i * src_stride + j, src_stride);
+            for (; j + 8 <= cols; j += 8) TRANSPOSE_8X8(dst + j * dst_stride + i, dst_stride, stv_stored_from(src, i * src_stride + j), src_stride);
         for (; j < cols; j += 8)
-            TRANSPOSE_PART(dst + j * dst_stride + i, dst_stride, src + i * src_stride + j, src_stride, n_rows, cols - j < 8 ? cols - j : 8);
+            TRANSPOSE_PART(dst + j * dst_stride + i, dst_stride, stv_stored_from(src, i * src_stride + j), src_stride, n_rows,
+                           cols - j < 8 ? cols - j : 8);
     }
 #else
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < cols; j++) dst[j * dst_stride + i] = src[i * src_stride + j];
+        for (int64_t j = 0; j < cols; j++) dst[j * dst_stride + i] = LOCAL(load)(src, i * src_stride + j);
 #endif
 }
 
-const stv_gemm_kernel KERNEL = {sizeof(REAL), TILE_ROWS, TILE_COLS, VEC_LANES, LOCAL(tile), LOCAL(copy), LOCAL(transpose)};
+#define FOR_EACH_DTYPE(body) \
+    switch (src.dtype) { \
+    case STV_DTYPE_F32: body(dst, dst_stride, (stv_stored){src.data, STV_DTYPE_F32}, src_stride, rows, cols); return; \
+    case STV_DTYPE_F64: body(dst, dst_stride, (stv_stored){src.data, STV_DTYPE_F64}, src_stride, rows, cols); return; \
+    case STV_DTYPE_F16: body(dst, dst_stride, (stv_stored){src.data, STV_DTYPE_F16}, src_stride, rows, cols); return; \
+    case STV_DTYPE_BF16: body(dst, dst_stride, (stv_stored){src.data, STV_DTYPE_BF16}, src_stride, rows, cols); return; \
+    }
+
+static void LOCAL(copy)(void *dst, int64_t dst_stride, stv_stored src, int64_t src_stride, int64_t rows, int64_t cols)
+{
+    FOR_EACH_DTYPE(LOCAL(copy_body))
+}
+
+static void LOCAL(transpose)(void *dst, int64_t dst_stride, stv_stored src, int64_t src_stride, int64_t rows, int64_t cols)
+{
+    FOR_EACH_DTYPE(LOCAL(transpose_body))
+}
+
+#undef FOR_EACH_DTYPE
+
+const stv_gemm_kernel KERNEL = {sizeof(REAL) == sizeof(double) ? STV_DTYPE_F64 : STV_DTYPE_F32,
+                                sizeof(REAL),
+                                TILE_ROWS,
+                                TILE_COLS,
+                                VEC_LANES,
+                                LOCAL(tile),
+                                LOCAL(copy),
+                                LOCAL(transpose)};
 
 #undef LOCAL
 #undef TILE_COLS
@@ -170,6 +225,7 @@ const stv_gemm_kernel KERNEL = {sizeof(REAL), TILE_ROWS, TILE_COLS, VEC_LANES, L
 #undef TILE_VECS
 #undef SPLAT
 #undef FMA
+#undef LOAD_HALVES
 #undef TRANSPOSE_8X8
 #undef TRANSPOSE_PART
 #endif

@@ -1,28 +1,29 @@
 #include "ops/layernorm.h"
 
 #include "ops/reduce.h"
+#include "ops/rows.h"
 #include "ops/split.h"
 
 #include <math.h>
 
 typedef struct forward_args {
     real *y, *stats;
-    const real *in;
-    const stv_norm *norm;
+    const real *in, *weight, *bias;
+    double eps;
     int64_t D;
 } forward_args;
 
 static void forward_rows(const void *arg, int64_t begin, int64_t end)
 {
     const forward_args *a = arg;
-    const real *weight = a->norm->weight, *bias = a->norm->bias;
+    const real *weight = a->weight, *bias = a->bias;
     int64_t D = a->D;
     for (int64_t r = begin; r < end; r++) {
         const real *in = a->in + r * D;
         real *y = a->y + r * D;
         /* Two passes: E[x^2] - mean^2 would lose everything when the mean is large. */
         double exact_mean = stv_row_sum(in, D) / (double)D;
-        real mean = (real)exact_mean, rstd = (real)(1 / sqrt(stv_row_spread(in, exact_mean, D) / (double)D + a->norm->eps));
+        real mean = (real)exact_mean, rstd = (real)(1 / sqrt(stv_row_spread(in, exact_mean, D) / (double)D + a->eps));
         for (int64_t i = 0; i < D; i++) y[i] = weight[i] * ((in[i] - mean) * rstd) + bias[i];
         a->stats[2 * r] = mean;
         a->stats[2 * r + 1] = rstd;
@@ -31,14 +32,15 @@ static void forward_rows(const void *arg, int64_t begin, int64_t end)
 
 void stv_layernorm_forward(stv_exec *x, real *y, real *stats, const real *in, const stv_norm *norm, int64_t rows, int64_t D)
 {
-    if (stv_measuring(x)) return;
-    forward_args args = {y, stats, in, norm, D};
-    stv_split(x, rows, stv_row_grain(D), forward_rows, &args);
+    size_t mark = stv_arena_mark(x->arena);
+    forward_args args = {y, stats, in, stv_widened(x, norm->weight, D), stv_widened(x, norm->bias, D), norm->eps, D};
+    if (!stv_measuring(x)) stv_split(x, rows, stv_row_grain(D), forward_rows, &args);
+    stv_arena_release(x->arena, mark);
 }
 
 typedef struct backward_args {
     real *din;
-    const real *dy, *in, *stats;
+    const real *dy, *in, *stats, *weight;
     const stv_norm *norm;
     int64_t rows, D;
 } backward_args;
@@ -47,7 +49,7 @@ typedef struct backward_args {
 static void backward_rows(const void *arg, int64_t begin, int64_t end)
 {
     const backward_args *a = arg;
-    const real *weight = a->norm->weight;
+    const real *weight = a->weight;
     int64_t D = a->D;
     for (int64_t r = begin; r < end; r++) {
         const real *dy = a->dy + r * D, *in = a->in + r * D;
@@ -79,8 +81,9 @@ static void backward_columns(const void *arg, int64_t begin, int64_t end)
 void stv_layernorm_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *stats, const stv_norm *norm, int64_t rows,
                                 int64_t D)
 {
-    if (stv_measuring(x)) return;
-    backward_args args = {din, dy, in, stats, norm, rows, D};
-    if (norm->dweight || norm->dbias) stv_split(x, D, STV_COLUMN_GRAIN, backward_columns, &args);
-    stv_split(x, rows, stv_row_grain(D), backward_rows, &args);
+    size_t mark = stv_arena_mark(x->arena);
+    backward_args args = {din, dy, in, stats, stv_widened(x, norm->weight, D), norm, rows, D};
+    if ((norm->dweight || norm->dbias) && !stv_measuring(x)) stv_split(x, D, STV_COLUMN_GRAIN, backward_columns, &args);
+    if (!stv_measuring(x)) stv_split(x, rows, stv_row_grain(D), backward_rows, &args);
+    stv_arena_release(x->arena, mark);
 }

@@ -10,8 +10,8 @@
 #define stv_layernorm_backward_add STV_TYPED(stv_layernorm_backward_add)
 
 typedef struct stv_norm {
-    const real *weight, *bias; /* (D) */
-    real *dweight, *dbias;     /* (D), added to; NULL when frozen */
+    stv_stored weight, bias; /* (D) */
+    real *dweight, *dbias;   /* (D), added to; NULL when frozen */
     double eps;
 } stv_norm;
 

@@ -28,10 +28,12 @@ static void spread_rows(const void *arg, int64_t begin, int64_t end)
 }
 
 /* Every row of y = bias; the product then adds to it. */
-static void bias_forward(stv_exec *x, real *y, const real *bias, int64_t rows, int64_t n)
+static void bias_forward(stv_exec *x, real *y, stv_stored bias, int64_t rows, int64_t n)
 {
-    if (stv_measuring(x)) return;
-    stv_split(x, rows, stv_row_grain(n), spread_rows, &(bias_args){.y = y, .bias = bias, .n = n});
+    size_t mark = stv_arena_mark(x->arena);
+    bias_args args = {.y = y, .bias = stv_widened(x, bias, n), .n = n};
+    if (!stv_measuring(x)) stv_split(x, rows, stv_row_grain(n), spread_rows, &args);
+    stv_arena_release(x->arena, mark);
 }
 
 static void sum_columns(const void *arg, int64_t begin, int64_t end)
@@ -64,10 +66,10 @@ static void scaled(stv_exec *x, real *y, const real *in, int64_t n, real scale)
 void stv_linear_forward(stv_exec *x, real *y, real *u, const real *in, const stv_linear *lin, int64_t rows, const stv_dropout *drop)
 {
     const stv_lora *lora = &lin->lora;
-    if (lin->bias) bias_forward(x, y, lin->bias, rows, lin->n_out);
-    stv_matmul_nt(x, y, in, lin->weight, rows, lin->n_out, lin->n_in, lin->bias != NULL);
+    if (lin->bias.data) bias_forward(x, y, lin->bias, rows, lin->n_out);
+    stv_matmul_nt_stored(x, y, in, lin->weight, rows, lin->n_out, lin->n_in, lin->bias.data != NULL);
     stv_linear_forward_u(x, u, in, lin, rows, drop);
-    if (lora->rank > 0) stv_matmul_nt(x, y, u, lora->b, rows, lin->n_out, lora->rank, true);
+    if (lora->rank > 0) stv_matmul_nt_stored(x, y, u, lora->b, rows, lin->n_out, lora->rank, true);
 }
 
 void stv_linear_forward_u(stv_exec *x, real *u, const real *in, const stv_linear *lin, int64_t rows, const stv_dropout *drop)
@@ -81,7 +83,7 @@ void stv_linear_forward_u(stv_exec *x, real *u, const real *in, const stv_linear
         stv_dropout_apply(x, scratch, in, rows, lin->n_in, lora->dropout, lora->module_id, drop);
         dropped = scratch;
     }
-    stv_matmul_nt(x, u, dropped, lora->a, rows, lora->rank, lin->n_in, false);
+    stv_matmul_nt_stored(x, u, dropped, lora->a, rows, lora->rank, lin->n_in, false);
     scaled(x, u, u, rows * lora->rank, lora->scale);
     stv_arena_release(x->arena, mark);
 }
@@ -96,18 +98,18 @@ static void lora_backward(stv_exec *x, real *din, const real *dy, const real *in
     size_t mark = stv_arena_mark(x->arena);
     real *du = stv_reals(x, rows, lora->rank);
     real *scratch = drops(lora, drop) ? stv_reals(x, rows, lin->n_in) : NULL;
-    stv_matmul_nn(x, du, dy, lora->b, rows, lora->rank, lin->n_out, false);
+    stv_matmul_nn_stored(x, du, dy, lora->b, rows, lora->rank, lin->n_out, false);
     scaled(x, du, du, rows * lora->rank, lora->scale);
     if (lora->da) {
         if (scratch) stv_dropout_apply(x, scratch, in, rows, lin->n_in, lora->dropout, lora->module_id, drop);
         stv_matmul_tn(x, lora->da, du, scratch ? scratch : in, lora->rank, lin->n_in, rows, true);
     }
     if (din && scratch) {
-        stv_matmul_nn(x, scratch, du, lora->a, rows, lin->n_in, lora->rank, false);
+        stv_matmul_nn_stored(x, scratch, du, lora->a, rows, lin->n_in, lora->rank, false);
         stv_dropout_apply(x, scratch, scratch, rows, lin->n_in, lora->dropout, lora->module_id, drop);
         stv_add(x, din, din, scratch, rows * lin->n_in);
     } else if (din) {
-        stv_matmul_nn(x, din, du, lora->a, rows, lin->n_in, lora->rank, true);
+        stv_matmul_nn_stored(x, din, du, lora->a, rows, lin->n_in, lora->rank, true);
     }
     stv_arena_release(x->arena, mark);
 }
@@ -124,25 +126,25 @@ static void backward_after_din(stv_exec *x, real *din, const real *dy, const rea
 void stv_linear_backward(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
                          const stv_dropout *drop)
 {
-    if (din) stv_matmul_nn(x, din, dy, lin->weight, rows, lin->n_in, lin->n_out, false);
+    if (din) stv_matmul_nn_stored(x, din, dy, lin->weight, rows, lin->n_in, lin->n_out, false);
     backward_after_din(x, din, dy, in, u, lin, rows, drop);
 }
 
 void stv_linear_backward_add(stv_exec *x, real *din, const real *dy, const real *in, const real *u, const stv_linear *lin, int64_t rows,
                              const stv_dropout *drop)
 {
-    if (din) stv_matmul_nn(x, din, dy, lin->weight, rows, lin->n_in, lin->n_out, true);
+    if (din) stv_matmul_nn_stored(x, din, dy, lin->weight, rows, lin->n_in, lin->n_out, true);
     backward_after_din(x, din, dy, in, u, lin, rows, drop);
 }
 
 void stv_linear_merge(stv_exec *x, real *merged, const stv_linear *lin)
 {
     const stv_lora *lora = &lin->lora;
-    if (!stv_measuring(x) && merged != lin->weight) memcpy(merged, lin->weight, (size_t)(lin->n_out * lin->n_in) * sizeof *merged);
+    if (!stv_measuring(x) && merged != lin->weight.data) stv_widen(merged, lin->weight, lin->n_out * lin->n_in);
     if (lora->rank == 0) return;
     size_t mark = stv_arena_mark(x->arena);
     real *scaled_b = stv_reals(x, lin->n_out, lora->rank);
-    scaled(x, scaled_b, lora->b, lin->n_out * lora->rank, lora->scale);
-    stv_matmul_nn(x, merged, scaled_b, lora->a, lin->n_out, lin->n_in, lora->rank, true);
+    scaled(x, scaled_b, stv_widened(x, lora->b, lin->n_out * lora->rank), lin->n_out * lora->rank, lora->scale);
+    stv_matmul_nn_stored(x, merged, scaled_b, lora->a, lin->n_out, lin->n_in, lora->rank, true);
     stv_arena_release(x->arena, mark);
 }

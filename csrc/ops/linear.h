@@ -14,8 +14,8 @@
 #define stv_linear_merge STV_TYPED(stv_linear_merge)
 
 typedef struct stv_lora {
-    const real *a; /* (r,K) */
-    const real *b; /* (N,r) */
+    stv_stored a;  /* (r,K) */
+    stv_stored b;  /* (N,r) */
     real *da, *db; /* gradients, added to; NULL when frozen */
     int64_t rank;  /* 0: no adapter, every other field unused */
     real scale;
@@ -24,8 +24,8 @@ typedef struct stv_lora {
 } stv_lora;
 
 typedef struct stv_linear {
-    const real *weight;  /* (N,K) */
-    const real *bias;    /* (N), or NULL */
+    stv_stored weight;   /* (N,K) */
+    stv_stored bias;     /* (N); data NULL: none */
     real *dweight;       /* (N,K), added to; NULL when frozen */
     real *dbias;         /* (N), added to; NULL when frozen */
     int64_t n_in, n_out; /* K, N */

@@ -53,7 +53,7 @@ static void finish_rows(const void *arg, int64_t begin, int64_t end)
     }
 }
 
-void stv_logprob_forward(stv_exec *x, double *logp, double *lse, const real *h, const real *w, int64_t D, int64_t V, const stv_targets *targets)
+void stv_logprob_forward(stv_exec *x, double *logp, double *lse, const real *h, stv_stored w, int64_t D, int64_t V, const stv_targets *targets)
 {
     size_t mark = stv_arena_mark(x->arena);
     int64_t n_rows = targets->n_rows;
@@ -64,7 +64,7 @@ void stv_logprob_forward(stv_exec *x, double *logp, double *lse, const real *h, 
         for (int64_t r = 0; r < n_rows; r++) args.max[r] = -INFINITY;
     for (args.v0 = 0; args.v0 < V; args.v0 += STRIP) {
         args.width = strip_width(V, args.v0);
-        stv_matmul_nt(x, args.logits, h, w + args.v0 * D, n_rows, args.width, D, false);
+        stv_matmul_nt_stored(x, args.logits, h, stv_stored_from(w, args.v0 * D), n_rows, args.width, D, false);
         if (!stv_measuring(x)) stv_split(x, n_rows, stv_row_grain(args.width), forward_rows, &args);
     }
     if (!stv_measuring(x)) stv_split(x, n_rows, STV_ELEMENT_GRAIN, finish_rows, &args);
@@ -89,7 +89,7 @@ STV_CLONES static void backward_rows(const void *arg, int64_t begin, int64_t end
     }
 }
 
-void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dlogp, const double *lse, const real *h, const real *w, int64_t D,
+void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dlogp, const double *lse, const real *h, stv_stored w, int64_t D,
                           int64_t V, const stv_targets *targets)
 {
     size_t mark = stv_arena_mark(x->arena);
@@ -98,10 +98,10 @@ void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dl
     args.logits = stv_arena_alloc(x->arena, (size_t)(n_rows * strip_width(V, 0)) * sizeof(real));
     for (args.v0 = 0; args.v0 < V; args.v0 += STRIP) {
         args.width = strip_width(V, args.v0);
-        const real *w_strip = w + args.v0 * D;
-        stv_matmul_nt(x, args.logits, h, w_strip, n_rows, args.width, D, false);
+        stv_stored w_strip = stv_stored_from(w, args.v0 * D);
+        stv_matmul_nt_stored(x, args.logits, h, w_strip, n_rows, args.width, D, false);
         if (!stv_measuring(x)) stv_split(x, n_rows, stv_row_grain(args.width), backward_rows, &args);
-        stv_matmul_nn(x, grads.dh, args.logits, w_strip, n_rows, D, args.width, args.v0 > 0);
+        stv_matmul_nn_stored(x, grads.dh, args.logits, w_strip, n_rows, D, args.width, args.v0 > 0);
         if (grads.dw) stv_matmul_tn(x, grads.dw + args.v0 * D, args.logits, h, args.width, D, n_rows, true);
     }
     stv_arena_release(x->arena, mark);
@@ -109,16 +109,20 @@ void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dl
 
 typedef struct mean_args {
     double *mean_logit, *mean_row;
-    const real *h, *w;
+    const real *h;
+    stv_stored w;
     int64_t D, V;
 } mean_args;
 
 static void mean_columns(const void *arg, int64_t begin, int64_t end)
 {
     const mean_args *a = arg;
+    real w[STV_COLUMN_GRAIN];
     for (int64_t i = begin; i < end; i++) a->mean_row[i] = 0;
-    for (int64_t v = 0; v < a->V; v++)
-        for (int64_t i = begin; i < end; i++) a->mean_row[i] += (double)a->w[v * a->D + i];
+    for (int64_t v = 0; v < a->V; v++) {
+        stv_widen(w, stv_stored_from(a->w, v * a->D + begin), end - begin);
+        for (int64_t i = begin; i < end; i++) a->mean_row[i] += (double)w[i - begin];
+    }
     for (int64_t i = begin; i < end; i++) a->mean_row[i] /= (double)a->V;
 }
 
@@ -132,7 +136,7 @@ static void mean_logit_rows(const void *arg, int64_t begin, int64_t end)
     }
 }
 
-void stv_mean_logit(stv_exec *x, double *mean_logit, const real *h, const real *w, int64_t n_rows, int64_t D, int64_t V)
+void stv_mean_logit(stv_exec *x, double *mean_logit, const real *h, stv_stored w, int64_t n_rows, int64_t D, int64_t V)
 {
     size_t mark = stv_arena_mark(x->arena);
     mean_args args = {mean_logit, stv_arena_alloc(x->arena, (size_t)D * sizeof(double)), h, w, D, V};

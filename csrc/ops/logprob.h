@@ -16,15 +16,15 @@
 #define stv_mean_logit STV_TYPED(stv_mean_logit)
 
 /* logp (n_targets), lse (n_rows) in double; h (n_rows,D), w (V,D). */
-void stv_logprob_forward(stv_exec *x, double *logp, double *lse, const real *h, const real *w, int64_t D, int64_t V, const stv_targets *targets);
+void stv_logprob_forward(stv_exec *x, double *logp, double *lse, const real *h, stv_stored w, int64_t D, int64_t V, const stv_targets *targets);
 typedef struct stv_logprob_grads {
     real *dh; /* (n_rows,D) overwritten */
     real *dw; /* (V,D) added to; NULL when frozen */
 } stv_logprob_grads;
-void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dlogp, const double *lse, const real *h, const real *w, int64_t D,
+void stv_logprob_backward(stv_exec *x, stv_logprob_grads grads, const double *dlogp, const double *lse, const real *h, stv_stored w, int64_t D,
                           int64_t V, const stv_targets *targets);
 
 /* mean_logit[i] = h[i] . mean_row(W): the mean over the vocabulary of row i's logits, for logging. */
-void stv_mean_logit(stv_exec *x, double *mean_logit, const real *h, const real *w, int64_t n_rows, int64_t D, int64_t V);
+void stv_mean_logit(stv_exec *x, double *mean_logit, const real *h, stv_stored w, int64_t n_rows, int64_t D, int64_t V);
 
 #endif

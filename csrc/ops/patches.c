@@ -1,5 +1,6 @@
 #include "ops/patches.h"
 
+#include "ops/rows.h"
 #include "ops/split.h"
 
 #include <string.h>
@@ -33,9 +34,15 @@ void stv_patchify(stv_exec *x, real *patches, const real *pixels, int64_t n_imag
 
 typedef struct forward_args {
     real *out;
-    const real *patches, *class_embedding, *positions;
+    const real *patches, *class_embedding;
+    stv_stored positions;
     int64_t T, D;
 } forward_args;
+
+static void add_row(real *y, const real *in, int64_t D)
+{
+    for (int64_t i = 0; i < D; i++) y[i] += in[i];
+}
 
 static void forward_rows(const void *arg, int64_t begin, int64_t end)
 {
@@ -43,18 +50,19 @@ static void forward_rows(const void *arg, int64_t begin, int64_t end)
     int64_t T = a->T, D = a->D;
     for (int64_t row = begin; row < end; row++) {
         int64_t image = row / (T + 1), t = row % (T + 1);
-        const real *in = t ? a->patches + (image * T + t - 1) * D : a->class_embedding, *position = a->positions + t * D;
         real *out = a->out + row * D;
-        for (int64_t i = 0; i < D; i++) out[i] = in[i] + position[i];
+        stv_widen(out, stv_stored_from(a->positions, t * D), D);
+        add_row(out, t ? a->patches + (image * T + t - 1) * D : a->class_embedding, D);
     }
 }
 
-void stv_class_token_forward(stv_exec *x, real *out, const real *patches, const real *class_embedding, const real *positions, int64_t n_images,
+void stv_class_token_forward(stv_exec *x, real *out, const real *patches, stv_stored class_embedding, stv_stored positions, int64_t n_images,
                              int64_t T, int64_t D)
 {
-    if (stv_measuring(x)) return;
-    forward_args args = {out, patches, class_embedding, positions, T, D};
-    stv_split(x, n_images * (T + 1), stv_row_grain(D), forward_rows, &args);
+    size_t mark = stv_arena_mark(x->arena);
+    forward_args args = {out, patches, stv_widened(x, class_embedding, D), positions, T, D};
+    if (!stv_measuring(x)) stv_split(x, n_images * (T + 1), stv_row_grain(D), forward_rows, &args);
+    stv_arena_release(x->arena, mark);
 }
 
 typedef struct backward_args {
@@ -62,11 +70,6 @@ typedef struct backward_args {
     const real *dout;
     int64_t n_images, T, D;
 } backward_args;
-
-static void add_row(real *y, const real *in, int64_t D)
-{
-    for (int64_t i = 0; i < D; i++) y[i] += in[i];
-}
 
 /* Tasks are token numbers, so that each sum over the images has one owner. */
 static void backward_tokens(const void *arg, int64_t begin, int64_t end)

@@ -14,7 +14,7 @@
 void stv_patchify(stv_exec *x, real *patches, const real *pixels, int64_t n_images, int64_t size, int64_t patch);
 
 /* out (n,T+1,D) = [class; patches] + positions; patches (n,T,D), class (D), positions (T+1,D). */
-void stv_class_token_forward(stv_exec *x, real *out, const real *patches, const real *class_embedding, const real *positions, int64_t n_images,
+void stv_class_token_forward(stv_exec *x, real *out, const real *patches, stv_stored class_embedding, stv_stored positions, int64_t n_images,
                              int64_t T, int64_t D);
 typedef struct stv_class_token_grads {
     real *dpatches;         /* (n,T,D) overwritten; NULL: not wanted */

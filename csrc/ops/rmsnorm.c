@@ -1,6 +1,7 @@
 #include "ops/rmsnorm.h"
 
 #include "ops/reduce.h"
+#include "ops/rows.h"
 #include "ops/split.h"
 
 #include <math.h>
@@ -25,11 +26,12 @@ static void forward_rows(const void *arg, int64_t begin, int64_t end)
     }
 }
 
-void stv_rmsnorm_forward(stv_exec *x, real *y, real *rstd, const real *in, const real *weight, int64_t rows, int64_t D, double eps)
+void stv_rmsnorm_forward(stv_exec *x, real *y, real *rstd, const real *in, stv_stored weight, int64_t rows, int64_t D, double eps)
 {
-    if (stv_measuring(x)) return;
-    forward_args args = {y, rstd, in, weight, D, eps};
-    stv_split(x, rows, stv_row_grain(D), forward_rows, &args);
+    size_t mark = stv_arena_mark(x->arena);
+    forward_args args = {y, rstd, in, stv_widened(x, weight, D), D, eps};
+    if (!stv_measuring(x)) stv_split(x, rows, stv_row_grain(D), forward_rows, &args);
+    stv_arena_release(x->arena, mark);
 }
 
 typedef struct backward_args {
@@ -65,11 +67,12 @@ static void backward_columns(const void *arg, int64_t begin, int64_t end)
     for (int64_t i = 0; i < n; i++) a->dweight[begin + i] += (real)sum[i];
 }
 
-void stv_rmsnorm_backward_add(stv_exec *x, real *din, real *dweight, const real *dy, const real *in, const real *weight, const real *rstd,
+void stv_rmsnorm_backward_add(stv_exec *x, real *din, real *dweight, const real *dy, const real *in, stv_stored weight, const real *rstd,
                               int64_t rows, int64_t D)
 {
-    if (stv_measuring(x)) return;
-    backward_args args = {din, dweight, dy, in, weight, rstd, rows, D};
-    if (dweight) stv_split(x, D, STV_COLUMN_GRAIN, backward_columns, &args);
-    stv_split(x, rows, stv_row_grain(D), backward_rows, &args);
+    size_t mark = stv_arena_mark(x->arena);
+    backward_args args = {din, dweight, dy, in, stv_widened(x, weight, D), rstd, rows, D};
+    if (dweight && !stv_measuring(x)) stv_split(x, D, STV_COLUMN_GRAIN, backward_columns, &args);
+    if (!stv_measuring(x)) stv_split(x, rows, stv_row_grain(D), backward_rows, &args);
+    stv_arena_release(x->arena, mark);
 }

@@ -7,10 +7,20 @@
 typedef struct rows_args {
     real *y, *features;
     const real *a, *b;
+    stv_stored table;
     const int64_t *index;
     const int32_t *token;
     int64_t n, D;
 } rows_args;
+
+const real *stv_widened(stv_exec *x, stv_stored values, int64_t n)
+{
+    real *wide = stv_reals(x, n, 1);
+    if (stv_measuring(x)) return wide;
+    if (values.dtype == STV_REAL_DTYPE) return values.data;
+    stv_widen(wide, values, n);
+    return wide;
+}
 
 static void zero_range(const void *arg, int64_t begin, int64_t end)
 {
@@ -122,17 +132,17 @@ static void splice_rows(const void *arg, int64_t begin, int64_t end)
     const rows_args *args = arg;
     int64_t D = args->D;
     for (int64_t r = begin; r < end; r++) {
-        int64_t feature = args->index[r];
-        const real *from = feature >= 0 ? args->b + feature * D : args->a + args->token[r] * D;
-        memcpy(args->y + r * D, from, (size_t)D * sizeof(real));
+        int64_t feature = args->index ? args->index[r] : -1;
+        if (feature >= 0) memcpy(args->y + r * D, args->a + feature * D, (size_t)D * sizeof(real));
+        else stv_widen(args->y + r * D, stv_stored_from(args->table, args->token[r] * D), D);
     }
 }
 
-void stv_splice_forward(stv_exec *x, real *y, const real *table, const real *features, const int32_t *token, const int64_t *feature, int64_t rows,
+void stv_splice_forward(stv_exec *x, real *y, stv_stored table, const real *features, const int32_t *token, const int64_t *feature, int64_t rows,
                         int64_t D)
 {
     if (stv_measuring(x)) return;
-    rows_args args = {.y = y, .a = table, .b = features, .index = feature, .token = token, .D = D};
+    rows_args args = {.y = y, .table = table, .a = features, .index = feature, .token = token, .D = D};
     stv_split(x, rows, stv_row_grain(D), splice_rows, &args);
 }
 

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define stv_widened STV_TYPED(stv_widened)
 #define stv_zero STV_TYPED(stv_zero)
 #define stv_copy STV_TYPED(stv_copy)
 #define stv_add STV_TYPED(stv_add)
@@ -26,6 +27,10 @@ static inline real *stv_reals(stv_exec *x, int64_t rows, int64_t D)
     return stv_arena_alloc(x->arena, size_bytes);
 }
 
+/* Stored values (n) as reals: where they lie, or widened in the arena. The arena gives the room either way, so that a pass which was measured runs also
+ * after a weight was bound anew in another precision. */
+const real *stv_widened(stv_exec *x, stv_stored values, int64_t n);
+
 void stv_zero(stv_exec *x, real *y, int64_t n);
 void stv_copy(stv_exec *x, real *y, const real *in, int64_t n);
 /* y = a + b; y may be a or b. */
@@ -37,8 +42,8 @@ void stv_scatter_add_rows(stv_exec *x, real *y, const real *in, const int64_t *i
 /* True if every element is finite. Always true while measuring. */
 bool stv_all_finite(stv_exec *x, const real *in, int64_t n);
 
-/* The splice: row i of y (rows,D) is table[token[i]], or features[feature[i]] where feature[i] >= 0. */
-void stv_splice_forward(stv_exec *x, real *y, const real *table, const real *features, const int32_t *token, const int64_t *feature, int64_t rows,
+/* The splice: row i of y (rows,D) is table[token[i]], or features[feature[i]] where feature[i] >= 0. feature NULL: tokens only. */
+void stv_splice_forward(stv_exec *x, real *y, stv_stored table, const real *features, const int32_t *token, const int64_t *feature, int64_t rows,
                         int64_t D);
 /* dtable and dfeatures are added to, in row order; either may be NULL. */
 void stv_splice_backward(stv_exec *x, real *dtable, real *dfeatures, const real *dy, const int32_t *token, const int64_t *feature, int64_t rows,

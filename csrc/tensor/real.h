@@ -5,13 +5,13 @@
  *
  *     #define stv_rmsnorm_forward STV_TYPED(stv_rmsnorm_forward)
  *
- * and from there on everybody calls stv_rmsnorm_forward. f64 is slow and exact: the check that f32 computes the right thing. */
+ * and from there on everybody calls stv_rmsnorm_forward. f64 is slow and exact: the check that f32 computes the right thing.
+ *
+ * Activations and gradients are always real; weights are stv_stored, real or narrower. */
 #ifndef STV_TENSOR_REAL_H
 #define STV_TENSOR_REAL_H
 
-#include "tensor/dtype.h"
-
-#include <stdint.h>
+#include "tensor/widen.h"
 
 #if !defined(STV_REAL_BITS)
 #error "typed files are compiled with -DSTV_REAL_BITS=32 or 64"
@@ -26,5 +26,13 @@ typedef double real;
 #define STV_REAL_DTYPE STV_DTYPE_F64
 #define STV_REAL(x) x
 #endif
+
+#define stv_widen STV_TYPED(stv_widen)
+
+static inline stv_stored stv_stored_reals(const real *data)
+{
+    stv_stored s = {data, STV_REAL_DTYPE};
+    return s;
+}
 
 #endif

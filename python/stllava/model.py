@@ -23,8 +23,9 @@ from .checkpoint import directory, names
 from .checkpoint.atomic import atomic_directory, current
 from .checkpoint.index import Format
 from .checkpoint.peft import LoraConfig
+from .checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, to_float32
 from .config import LlavaConfig
-from .errors import ConfigError, FormatError
+from .errors import ConfigError, FormatError, NumericsError
 from .images import ImageProcessor, Picture
 from .text.tokenizer import Tokenizer
 from .tree import Sequence, TreeBatch, build_trees
@@ -32,9 +33,10 @@ from .tree import Sequence, TreeBatch, build_trees
 if TYPE_CHECKING:
     from .generation import Generation
 
-__all__ = ["LlavaModel", "Dtype", "NUMPY_DTYPE", "sequence_sums"]
+__all__ = ["LlavaModel", "Dtype", "StoredDtype", "NUMPY_DTYPE", "sequence_sums"]
 
 Dtype: TypeAlias = Literal["f32", "f64"]
+StoredDtype: TypeAlias = Literal["f16", "bf16", "f32", "f64"]
 NUMPY_DTYPE = {"f32": np.float32, "f64": np.float64}
 
 
@@ -43,8 +45,10 @@ class LlavaModel:
 
     Args:
         config: the model's configuration.
-        tensors: canonical name -> array; every tensor that can influence a result must be there.
-        dtype: ``"f32"``, or ``"f64"`` as the slow, exact check.
+        tensors: canonical name -> array; every tensor that can influence a result must be there. Arrays of `dtype`, of float16 and of uint16
+            (which means bfloat16: its bits) are used where they lie, a memory map stays one; others are converted. What trains is copied.
+        dtype: of what is computed: ``"f32"``, or ``"f64"`` as the slow, exact check. Narrower weights are widened where they are read, so
+            results have the bits of the model with widened weights.
         tokenizer, image_processor: may be None when only ids and pixels are used.
 
     Raises:
@@ -102,7 +106,7 @@ class LlavaModel:
         """Writes a directory that `from_pretrained` reads back bit for bit; whatever fails, it is the old one or the new one.
 
         A model with adapters saves adapters, projector and configuration, as LLaVA's LoRA training does, for use with the same base;
-        `merge_and_unload` first for a full checkpoint.
+        `merge_and_unload` first for a full checkpoint. Every tensor keeps the dtype it is stored in; what has trained is of the model's.
 
         Args:
             format: ``"safetensors"`` or ``"bin"`` (torch zip files). shard_size: bytes per file of a full checkpoint.
@@ -140,7 +144,14 @@ class LlavaModel:
         if problems:
             raise FormatError(f"{len(problems)} tensors do not fit the configuration:\n  " + "\n  ".join(problems[:20]))
         for name, array in tensors.items():
-            self.core.bind(name, np.ascontiguousarray(array, NUMPY_DTYPE[self.dtype]))
+            self.core.bind(name, self._as_stored(array))
+
+    def _as_stored(self, array: np.ndarray) -> np.ndarray:
+        """The values in a dtype that the core takes: the array itself if it can be."""
+        halves = array.dtype.newbyteorder("=")
+        if halves in (np.float16, np.uint16):
+            return np.require(array, halves, ["C", "A"])
+        return np.ascontiguousarray(array, NUMPY_DTYPE[self.dtype])
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -176,13 +187,16 @@ class LlavaModel:
         return {info.name: slice(info.offset, info.offset + info.size) for info in infos}
 
     def named_parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(canonical name, zero-copy array) of every bound tensor, adapters included. Views forbid moving what they look at."""
+        """(canonical name, zero-copy array) of every bound tensor, adapters included, in the dtype it is stored in (bfloat16 as uint16).
+
+        Views forbid moving what they look at.
+        """
         for info in self.core.tensors():
             if info.bound:
                 yield info.name, self.core.tensor(info.name).numpy()
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Base tensors (no adapters), zero-copy."""
+        """Base tensors (no adapters), zero-copy, in the dtypes they are stored in (bfloat16 as uint16)."""
         return {name: array for name, array in self.named_parameters() if not names.is_lora(name)}
 
     def lora_tensors(self) -> dict[str, np.ndarray]:
@@ -245,7 +259,7 @@ class LlavaModel:
         return list(fresh)
 
     def attach_lora(self, config: LoraConfig, tensors: Mapping[str, np.ndarray], part: str = "llm") -> None:
-        """Attaches adapters with values, e.g. from files: canonical name -> array; they go on the modules the names say.
+        """Attaches adapters with values, e.g. from files: canonical name -> array, kept in the model's dtype; they go on the modules the names say.
 
         Raises:
             FormatError: a tensor does not fit (another base?). ConfigError: the part has adapters already.
@@ -256,7 +270,7 @@ class LlavaModel:
             if tuple(array.shape) != tuple(infos[name].shape):
                 raise FormatError(f"adapter tensor {name}: want {tuple(infos[name].shape)}, found {tuple(array.shape)}; "
                                   "was it trained on another base?")
-            self.core.bind(name, np.ascontiguousarray(array, NUMPY_DTYPE[self.dtype]))
+            self.core.bind(name, np.ascontiguousarray(to_float32(array) if dtype_name(array) == "bf16" else array, NUMPY_DTYPE[self.dtype]))
 
     def _add(self, part: str, config: LoraConfig, modules: Seq[str]) -> None:
         if part in self.lora:
@@ -292,11 +306,26 @@ class LlavaModel:
     def unmerge_lora(self) -> None:
         self.core.unmerge_lora()
 
-    def merge_and_unload(self) -> Self:
-        """A new model whose weights are the merged ones, without adapters."""
+    def merge_and_unload(self, *, dtype: StoredDtype | None = None) -> Self:
+        """A new model whose weights are the merged ones, without adapters.
+
+        Args:
+            dtype: of the weights that adapters change; None: as each is stored in the base. Where that is f16 or bf16, merging rounds to
+                nearest even, and the new model differs from this one by it; the model's own dtype keeps every bit of W + s B A.
+
+        Raises:
+            ConfigError: dtype is neither f16, bf16 nor the model's. NumericsError: a merged weight does not fit f16; it is named.
+        """
+        if dtype not in (None, "f16", "bf16", self.dtype):
+            raise ConfigError(f"dtype is {dtype!r}, supported: 'f16', 'bf16', {self.dtype!r}, or None for the base's", field="dtype")
         merged = dict(self.tensors())
         for module in {names.lora_module(name) for name in self.lora_tensors()}:
-            merged[f"{module}.weight"] = self.core.effective_weight(module).reshape(merged[f"{module}.weight"].shape)
+            name = f"{module}.weight"
+            weight = self.core.effective_weight(module).reshape(merged[name].shape)
+            kind = dtype or dtype_name(merged[name])
+            merged[name] = weight if kind == self.dtype else round_to(weight, kind)
+            if (n := count_nonfinite(merged[name])) and not count_nonfinite(weight):
+                raise NumericsError(f"{name}: {n} merged values do not fit {kind}; merge with dtype='bf16' or {self.dtype!r}", field=name)
         return type(self)(self.config, merged, dtype=self.dtype, tokenizer=self._tokenizer, image_processor=self._image_processor)
 
     # ---- computing ---------------------------------------------------------------------------------------------------

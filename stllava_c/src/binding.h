@@ -58,15 +58,16 @@ int errors_init(PyObject *module, core_state *state);
 
 /* ---- ndarray.c ------------------------------------------------------------------------------------------------------------- */
 
-typedef enum array_kind { KIND_F32, KIND_F64, KIND_I32, KIND_I64, KIND_U64, KIND_U8, KIND_COUNT } array_kind;
+/* The first are stv_dtype's, in its order. */
+typedef enum array_kind { KIND_F32, KIND_F64, KIND_F16, KIND_BF16, KIND_I32, KIND_I64, KIND_U64, KIND_U8, KIND_COUNT } array_kind;
 
 typedef struct kind_info {
-    const char *name, *format; /* "f32", and struct's character */
+    const char *name, *format; /* "f32", and struct's character; bf16 has none and travels as uint16 */
     Py_ssize_t size_bytes;
 } kind_info;
 extern const kind_info array_kinds[KIND_COUNT];
 
-static inline array_kind real_kind(stv_dtype dtype) { return dtype == STV_DTYPE_F64 ? KIND_F64 : KIND_F32; }
+static inline array_kind kind_of(stv_dtype dtype) { return (array_kind)dtype; }
 
 int ndarray_init(void);
 /* A new array and where its elements lie; NULL on error. */
@@ -88,7 +89,7 @@ int check_size(const char *what, Py_ssize_t want, Py_ssize_t found); /* -1 with 
 
 #define TENSOR_MAX_DIM 8
 
-/* Borrows the memory of obj: C-contiguous, of this kind, n elements (-1: any). Released by PyBuffer_Release. -1 with TypeError or ValueError. */
+/* Borrows the memory of obj: C-contiguous, aligned, of this kind, n elements (-1: any). Released by PyBuffer_Release. -1 with TypeError or ValueError. */
 int borrow_buffer(Py_buffer *view, PyObject *obj, const char *what, array_kind kind, Py_ssize_t n, bool writable);
 bool buffer_kind(const Py_buffer *view, array_kind *kind); /* false: none of ours */
 
@@ -124,8 +125,9 @@ int forks_counted(void);
 void forget_calls_before_fork(core_state *state);
 
 /* A Tensor on memory that a model's lock and generation guard, or that `holder` keeps alive (holder NULL: the core's own). */
-PyObject *tensor_view_new(model_object *model, PyObject *holder, PyObject *name, int ndim, const int64_t *shape, void *data);
-PyObject *tensor_borrow(core_state *state, PyObject *obj, const char *what, array_kind kind, Py_ssize_t *n, const void **data);
+PyObject *tensor_view_new(model_object *model, PyObject *holder, PyObject *name, const stv_tensor_info *info);
+/* A Tensor on the values of a weight, of any type that the model's dtype holds exactly. */
+PyObject *tensor_borrow(core_state *state, PyObject *obj, const char *what, stv_dtype dtype, stv_stored *values, Py_ssize_t *n);
 
 /* ---- watched.c ------------------------------------------------------------------------------------------------------------- */
 

@@ -15,7 +15,7 @@ static int take_pixels(forward_call *call, model_object *model, PyObject *what, 
         return -1;
     }
     Py_ssize_t shape[4] = {(Py_ssize_t)n_images, 3, (Py_ssize_t)size, (Py_ssize_t)size};
-    call->pixels = array_take(value, PyUnicode_AsUTF8AndSize(what, NULL), real_kind(model->dtype), 4, shape, &call->options.pixels);
+    call->pixels = array_take(value, PyUnicode_AsUTF8AndSize(what, NULL), kind_of(model->dtype), 4, shape, &call->options.pixels);
     call->options.n_images = shape[0];
     return call->pixels ? 0 : -1;
 }
@@ -29,13 +29,13 @@ static int take_features(forward_call *call, model_object *model, PyObject *what
     if (model_enter(model) < 0) return -1;
     Py_ssize_t n = (Py_ssize_t)(n_images * stv_model_tokens_per_image(model->model) * feature_width(model));
     model_leave(model);
-    call->features = array_take_flat(value, PyUnicode_AsUTF8AndSize(what, NULL), real_kind(model->dtype), &n, &call->options.features);
+    call->features = array_take_flat(value, PyUnicode_AsUTF8AndSize(what, NULL), kind_of(model->dtype), &n, &call->options.features);
     return call->features ? 0 : -1;
 }
 
 static int take_theta(forward_call *call, model_object *model, PyObject *what, PyObject *value)
 {
-    if (borrow_buffer(&call->theta, value, PyUnicode_AsUTF8AndSize(what, NULL), real_kind(model->dtype), -1, false) < 0) {
+    if (borrow_buffer(&call->theta, value, PyUnicode_AsUTF8AndSize(what, NULL), kind_of(model->dtype), -1, false) < 0) {
         call->theta.obj = NULL;
         return -1;
     }

@@ -225,7 +225,7 @@ static PyObject *generator_logits(PyObject *object, PyObject *unused)
     generator_object *self = (generator_object *)object;
     if (generator_enter(self) < 0) return NULL;
     Py_ssize_t shape[2] = {(Py_ssize_t)self->n, (Py_ssize_t)self->model->config.decoder.vocab_size};
-    PyObject *logits = array_copy(real_kind(self->model->dtype), 2, shape, stv_generator_logits(self->generator));
+    PyObject *logits = array_copy(kind_of(self->model->dtype), 2, shape, stv_generator_logits(self->generator));
     model_leave(self->model);
     return logits;
 }

@@ -202,9 +202,10 @@ static PyStructSequence_Field tensor_info_fields[] = {
     {"influences", "bool, False: no output depends on it (tower layers behind select_layer, post-LayerNorm)"},
     {"optional", "bool, may stay unbound"},
     {"bound", "bool, has values"},
+    {"dtype", "str, of its values: as bound while frozen (\"f32\", \"f16\", \"bf16\"), else the model's"},
     {NULL, NULL},
 };
-PyStructSequence_Desc tensor_info_desc = {"stllava_c.TensorInfo", "One row of a model's tensor table.", tensor_info_fields, 7};
+PyStructSequence_Desc tensor_info_desc = {"stllava_c.TensorInfo", "One row of a model's tensor table.", tensor_info_fields, 8};
 
 static PyObject *tensor_info_new(core_state *state, const stv_tensor_info *info)
 {
@@ -222,6 +223,7 @@ static PyObject *tensor_info_new(core_state *state, const stv_tensor_info *info)
     PyStructSequence_SetItem(row, 4, PyBool_FromLong(info->influences));
     PyStructSequence_SetItem(row, 5, PyBool_FromLong(info->optional));
     PyStructSequence_SetItem(row, 6, PyBool_FromLong(info->data != NULL));
+    PyStructSequence_SetItem(row, 7, PyUnicode_FromString(stv_dtype_name(info->dtype)));
     if (!PyErr_Occurred()) return row;
     Py_DECREF(row);
     return NULL;
@@ -258,7 +260,9 @@ PyDoc_STRVAR(bind_doc,
              "Gives a tensor its values. A frozen tensor borrows the array, which is kept alive and not copied; a trainable one copies it.\n\n"
              "Args:\n"
              "    name: str.\n"
-             "    array: C-contiguous buffer of the model's dtype with the tensor's number of elements, any shape.\n\n"
+             "    array: C-contiguous buffer with the tensor's number of elements, any shape, of float32, float16 or uint16 (the bits of bfloat16);\n"
+             "        in a model of f64 also float64. What is computed has the bits of the same model with the values widened to its dtype, which\n"
+             "        happens where they are read: the array stays as it is.\n\n"
              "Raises:\n"
              "    ValueError: no such tensor, or another size. TypeError: another dtype, or no buffer.\n"
              "    BufferError: arrays are alive on memory that this would free.");
@@ -272,9 +276,9 @@ static PyObject *model_bind(PyObject *object, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO:bind", names, &name, &array)) return NULL;
     PyObject *key = PyUnicode_FromString(name), *what = PyUnicode_FromFormat("Model.bind: %s", name), *holder = NULL;
     const char *what_text = what ? PyUnicode_AsUTF8AndSize(what, NULL) : NULL;
-    const void *data;
+    stv_stored values;
     Py_ssize_t n;
-    if (key && what_text) holder = tensor_borrow(state_of(object), array, what_text, real_kind(self->dtype), &n, &data);
+    if (key && what_text) holder = tensor_borrow(state_of(object), array, what_text, self->dtype, &values, &n);
     Py_XDECREF(what);
     if (!holder || model_enter(self) < 0) {
         Py_XDECREF(holder);
@@ -290,7 +294,7 @@ static PyObject *model_bind(PyObject *object, PyObject *args, PyObject *kwargs)
         } else if (!frozen || PyDict_SetItem(self->bindings, key, holder) == 0) { /* first: what the core borrows must have a holder */
             stv_status status;
             Py_BEGIN_ALLOW_THREADS
-            status = stv_model_bind(self->model, name, data, n);
+            status = stv_model_bind(self->model, name, values, n);
             Py_END_ALLOW_THREADS
             if (status == STV_OK) {
                 self->generation += core_owned;
@@ -309,12 +313,12 @@ static PyObject *model_bind(PyObject *object, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(tensor_doc,
-             "tensor($self, name)\n--\n\n"
-             "A view of a tensor's values, not a copy; it keeps the model alive. While arrays on it are alive, add_lora, set_trainable and close\n"
-             "raise BufferError. Binding another array leaves the view on the one bound before.\n\n"
-             "Raises:\n"
-             "    ValueError: no such tensor. Error (\"state\"): it is not bound.");
+PyDoc_STRVAR(tensor_doc, "tensor($self, name)\n--\n\n"
+                         "A view of a tensor's values as they are stored, not a copy; it keeps the model alive. While arrays on it are alive, "
+                         "add_lora, set_trainable and close\n"
+                         "raise BufferError. Binding another array leaves the view on the one bound before.\n\n"
+                         "Raises:\n"
+                         "    ValueError: no such tensor. Error (\"state\"): it is not bound.");
 
 static PyObject *model_tensor(PyObject *object, PyObject *args, PyObject *kwargs)
 {
@@ -329,7 +333,7 @@ static PyObject *model_tensor(PyObject *object, PyObject *args, PyObject *kwargs
     }
     stv_tensor_info info;
     if (model_find_tensor(self, "Model.tensor", name, &info)) {
-        if (info.data) view = tensor_view_new(self, PyDict_GetItemWithError(self->bindings, key), key, info.ndim, info.shape, info.data);
+        if (info.data) view = tensor_view_new(self, PyDict_GetItemWithError(self->bindings, key), key, &info);
         else raise_state(state_of(object), "Model.tensor: '%s' is not bound", name);
     }
     Py_DECREF(key);
@@ -342,7 +346,7 @@ static PyObject *model_tensor(PyObject *object, PyObject *args, PyObject *kwargs
 static PyObject *get_dtype(PyObject *object, void *unused)
 {
     (void)unused;
-    return PyUnicode_FromString(array_kinds[real_kind(((model_object *)object)->dtype)].name);
+    return PyUnicode_FromString(array_kinds[kind_of(((model_object *)object)->dtype)].name);
 }
 
 static PyObject *get_config(PyObject *object, void *unused)

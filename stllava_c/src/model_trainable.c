@@ -103,7 +103,7 @@ PyObject *model_effective_weight(PyObject *object, PyObject *args, PyObject *kwa
     if (model_find_tensor(self, "Model.effective_weight", name, &info)) {
         Py_ssize_t shape[2] = {(Py_ssize_t)info.shape[0], (Py_ssize_t)(info.size / info.shape[0])};
         void *data;
-        if ((array = array_new(real_kind(self->dtype), 2, shape, &data))) {
+        if ((array = array_new(kind_of(self->dtype), 2, shape, &data))) {
             stv_status status;
             Py_BEGIN_ALLOW_THREADS
             status = stv_model_effective_weight(self->model, module, data);
@@ -191,10 +191,10 @@ PyObject *model_zero_grad(PyObject *object, PyObject *unused)
 static PyObject *flat_view(model_object *self, const char *name, void *(*get)(stv_model *))
 {
     if (model_enter(self) < 0) return NULL;
-    int64_t n = stv_model_n_trainable(self->model);
+    const stv_tensor_info flat = {.ndim = 1, .shape = {stv_model_n_trainable(self->model)}, .data = get(self->model), .dtype = self->dtype};
     PyObject *text = PyUnicode_FromString(name), *view = NULL;
-    if (text && n == 0) view = Py_NewRef(Py_None);
-    else if (text) view = tensor_view_new(self, NULL, text, 1, &n, get(self->model));
+    if (text && !flat.data) view = Py_NewRef(Py_None);
+    else if (text) view = tensor_view_new(self, NULL, text, &flat);
     Py_XDECREF(text);
     model_leave(self);
     return view;

@@ -6,13 +6,13 @@
 #include <string.h>
 
 const kind_info array_kinds[KIND_COUNT] = {
-    [KIND_F32] = {"f32", "f", 4}, [KIND_F64] = {"f64", "d", 8}, [KIND_I32] = {"i32", "i", 4},
-    [KIND_I64] = {"i64", "q", 8}, [KIND_U64] = {"u64", "Q", 8}, [KIND_U8] = {"u8", "B", 1},
+    [KIND_F32] = {"f32", "f", 4}, [KIND_F64] = {"f64", "d", 8}, [KIND_F16] = {"f16", "e", 2}, [KIND_BF16] = {"bf16", "H", 2},
+    [KIND_I32] = {"i32", "i", 4}, [KIND_I64] = {"i64", "q", 8}, [KIND_U64] = {"u64", "Q", 8}, [KIND_U8] = {"u8", "B", 1},
 };
 
-static const int numpy_types[KIND_COUNT] = {[KIND_F32] = NPY_FLOAT32, [KIND_F64] = NPY_FLOAT64, [KIND_I32] = NPY_INT32,
-                                            [KIND_I64] = NPY_INT64,   [KIND_U64] = NPY_UINT64,  [KIND_U8] = NPY_UINT8};
-static const char *const numpy_names[KIND_COUNT] = {"float32", "float64", "int32", "int64", "uint64", "uint8"};
+static const int numpy_types[KIND_COUNT] = {[KIND_F32] = NPY_FLOAT32, [KIND_F64] = NPY_FLOAT64, [KIND_F16] = NPY_FLOAT16, [KIND_BF16] = NPY_UINT16,
+                                            [KIND_I32] = NPY_INT32,   [KIND_I64] = NPY_INT64,   [KIND_U64] = NPY_UINT64,  [KIND_U8] = NPY_UINT8};
+static const char *const numpy_names[KIND_COUNT] = {"float32", "float64", "float16", "uint16", "int32", "int64", "uint64", "uint8"};
 
 int ndarray_init(void) { return PyArray_ImportNumPyAPI(); }
 

@@ -65,7 +65,7 @@ int run_check_last(run_object *self, last_call wanted, const char *what, const c
 
 PyObject *run_real_copy(run_object *self, int ndim, const Py_ssize_t *shape, const void *data)
 {
-    return array_copy(real_kind(self->model->dtype), ndim, shape, data);
+    return array_copy(kind_of(self->model->dtype), ndim, shape, data);
 }
 
 Py_ssize_t run_tokens_per_image(run_object *self) { return (Py_ssize_t)stv_model_tokens_per_image(self->model->model); }
@@ -223,7 +223,7 @@ static PyObject *run_logits(PyObject *object, PyObject *args, PyObject *kwargs)
     }
     if (run_check_last(self, LAST_FORWARD, "Run.logits", "forward") == 0) {
         void *data;
-        logits = array_new(real_kind(self->model->dtype), 2, (Py_ssize_t[]){n, (Py_ssize_t)self->model->config.decoder.vocab_size}, &data);
+        logits = array_new(kind_of(self->model->dtype), 2, (Py_ssize_t[]){n, (Py_ssize_t)self->model->config.decoder.vocab_size}, &data);
         if (logits) {
             stv_status status;
             watched w;

@@ -31,7 +31,7 @@ static PyObject *differentiate(run_object *self, last_call kind, PyObject *gradi
     void *dinput = NULL;
     Py_ssize_t shape[3] = {(Py_ssize_t)self->n_images, (Py_ssize_t)self->n_tokens, (Py_ssize_t)self->model->config.projector.in_size};
     if (run_check_last(self, kind, names[kind].method, names[kind].before) == 0 && check_size(names[kind].argument, result_size(self), n) == 0 &&
-        (result = want_input ? array_new(real_kind(self->model->dtype), 3, shape, &dinput) : Py_NewRef(Py_None))) {
+        (result = want_input ? array_new(kind_of(self->model->dtype), 3, shape, &dinput) : Py_NewRef(Py_None))) {
         stv_status status;
         watched w;
         watched_begin(&w, self->model);
@@ -85,7 +85,7 @@ PyObject *run_vision_backward(PyObject *object, PyObject *args, PyObject *kwargs
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:vision_backward", names, &value)) return NULL;
     Py_ssize_t n = -1;
     const void *data = NULL;
-    PyObject *dfeatures = array_take_flat(value, "Run.vision_backward: dfeatures", real_kind(self->model->dtype), &n, &data);
+    PyObject *dfeatures = array_take_flat(value, "Run.vision_backward: dfeatures", kind_of(self->model->dtype), &n, &data);
     return differentiate(self, LAST_VISION, dfeatures, n, data, false);
 }
 
@@ -108,6 +108,6 @@ PyObject *run_projector_backward(PyObject *object, PyObject *args, PyObject *kwa
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|p:projector_backward", names, &value, &want)) return NULL;
     Py_ssize_t n = -1;
     const void *data = NULL;
-    PyObject *dout = array_take_flat(value, "Run.projector_backward: dout", real_kind(self->model->dtype), &n, &data);
+    PyObject *dout = array_take_flat(value, "Run.projector_backward: dout", kind_of(self->model->dtype), &n, &data);
     return differentiate(self, LAST_PROJECTOR, dout, n, data, want);
 }

@@ -25,7 +25,7 @@ PyObject *run_encode(PyObject *object, PyObject *args, PyObject *kwargs)
     if (model_enter(self->model) == 0) {
         void *data;
         Py_ssize_t shape[2] = {(Py_ssize_t)call.options.n_images * run_tokens_per_image(self), (Py_ssize_t)feature_width(self->model)};
-        if (forward_check_theta(&call, self->model, "Run.encode") == 0 && (features = array_new(real_kind(self->model->dtype), 2, shape, &data))) {
+        if (forward_check_theta(&call, self->model, "Run.encode") == 0 && (features = array_new(kind_of(self->model->dtype), 2, shape, &data))) {
             stv_status status;
             watched w;
             watched_begin(&w, self->model);
@@ -163,7 +163,7 @@ PyObject *run_projector_forward(PyObject *object, PyObject *args, PyObject *kwar
     if (!self->model->config.has_projector) return PyErr_Format(PyExc_ValueError, "Run.projector_forward: this model has no projector");
     Py_ssize_t shape[3] = {-1, -1, (Py_ssize_t)c->in_size};
     const void *data;
-    PyObject *x = array_take(value, "Run.projector_forward: x", real_kind(self->model->dtype), 3, shape, &data);
+    PyObject *x = array_take(value, "Run.projector_forward: x", kind_of(self->model->dtype), 3, shape, &data);
     if (!x || forward_take(&call, self->model, "Run.projector_forward", values, -1) < 0 || model_enter(self->model) < 0) goto done;
     call.options.train = train;
     call.options.adapters = true;

@@ -42,22 +42,32 @@ bool buffer_kind(const Py_buffer *view, array_kind *kind)
     return false;
 }
 
-int borrow_buffer(Py_buffer *view, PyObject *obj, const char *what, array_kind kind, Py_ssize_t n, bool writable)
+/* `kinds`: bits of the kinds wanted, `names` how to say them; *kind is filled. */
+static int borrow_one_of(Py_buffer *view, PyObject *obj, const char *what, unsigned kinds, const char *names, array_kind *kind, bool writable)
 {
     if (!PyObject_CheckBuffer(obj)) {
-        PyErr_Format(PyExc_TypeError, "%s: want a C-contiguous buffer of %s, got an object without the buffer protocol", what,
-                     array_kinds[kind].name);
+        PyErr_Format(PyExc_TypeError, "%s: want a C-contiguous buffer of %s, got an object without the buffer protocol", what, names);
         return -1;
     }
     if (PyObject_GetBuffer(obj, view, PyBUF_STRIDES | PyBUF_FORMAT) < 0) return -1;
-    array_kind found;
-    bool known = buffer_kind(view, &found);
-    if (!known || found != kind)
-        PyErr_Format(PyExc_TypeError, "%s: want %s, got %s", what, array_kinds[kind].name, known ? array_kinds[found].name : view->format);
+    bool known = buffer_kind(view, kind);
+    if (!known || !(kinds & 1u << *kind))
+        PyErr_Format(PyExc_TypeError, "%s: want %s, got %s", what, names, known ? array_kinds[*kind].name : view->format);
     else if (!PyBuffer_IsContiguous(view, 'C'))
         PyErr_Format(PyExc_ValueError, "%s: the buffer is not C-contiguous; copy it with numpy.ascontiguousarray", what);
     else if (writable && view->readonly) PyErr_Format(PyExc_ValueError, "%s: the buffer is read-only, want one that can be written", what);
-    else if (n < 0 || check_size(what, n, view->len / view->itemsize) == 0) return 0;
+    else if ((uintptr_t)view->buf % (uintptr_t)view->itemsize && view->len)
+        PyErr_Format(PyExc_ValueError, "%s: the buffer does not begin at a multiple of its %zd-byte elements; copy it", what, view->itemsize);
+    else return 0;
+    PyBuffer_Release(view);
+    return -1;
+}
+
+int borrow_buffer(Py_buffer *view, PyObject *obj, const char *what, array_kind kind, Py_ssize_t n, bool writable)
+{
+    array_kind found;
+    if (borrow_one_of(view, obj, what, 1u << kind, array_kinds[kind].name, &found, writable) < 0) return -1;
+    if (n < 0 || check_size(what, n, view->len / view->itemsize) == 0) return 0;
     PyBuffer_Release(view);
     return -1;
 }
@@ -81,15 +91,15 @@ static tensor_object *tensor_new(PyTypeObject *type, array_kind kind, int ndim, 
     return self;
 }
 
-PyObject *tensor_view_new(model_object *model, PyObject *holder, PyObject *name, int ndim, const int64_t *shape, void *data)
+PyObject *tensor_view_new(model_object *model, PyObject *holder, PyObject *name, const stv_tensor_info *info)
 {
     Py_ssize_t sizes[TENSOR_MAX_DIM] = {0};
-    for (int i = 0; i < ndim; i++) sizes[i] = (Py_ssize_t)shape[i];
-    tensor_object *self = tensor_new(state_of((PyObject *)model)->tensor, real_kind(model->dtype), ndim, sizes);
+    for (int i = 0; i < info->ndim; i++) sizes[i] = (Py_ssize_t)info->shape[i];
+    tensor_object *self = tensor_new(state_of((PyObject *)model)->tensor, kind_of(info->dtype), info->ndim, sizes);
     if (!self) return NULL;
     Py_DECREF(self->name);
     self->name = Py_NewRef(name);
-    self->data = data;
+    self->data = info->data;
     self->model = model_ref(model);
     self->generation = model->generation;
     self->holder = Py_XNewRef(holder);
@@ -115,12 +125,16 @@ static PyObject *tensor_take_buffer(PyTypeObject *type, Py_buffer *view, array_k
     return (PyObject *)self;
 }
 
-PyObject *tensor_borrow(core_state *state, PyObject *obj, const char *what, array_kind kind, Py_ssize_t *n, const void **data)
+PyObject *tensor_borrow(core_state *state, PyObject *obj, const char *what, stv_dtype dtype, stv_stored *values, Py_ssize_t *n)
 {
+    unsigned kinds = 0;
+    for (int from = 0; from < STV_N_DTYPES; from++) kinds |= (unsigned)stv_dtype_widens((stv_dtype)from, dtype) << kind_of((stv_dtype)from);
+    const char *names = dtype == STV_DTYPE_F64 ? "f64, f32, f16 or bf16 (as uint16)" : "f32, f16 or bf16 (as uint16)";
     Py_buffer view;
-    if (borrow_buffer(&view, obj, what, kind, -1, false) < 0) return NULL;
+    array_kind kind;
+    if (borrow_one_of(&view, obj, what, kinds, names, &kind, false) < 0) return NULL;
     *n = view.len / view.itemsize;
-    *data = view.buf;
+    *values = (stv_stored){view.buf, (stv_dtype)kind};
     return tensor_take_buffer(state->tensor, &view, kind);
 }
 
@@ -128,7 +142,8 @@ PyDoc_STRVAR(from_buffer_doc,
              "from_buffer($type, obj)\n--\n\n"
              "A tensor on the memory of another object, which stays alive and locked until the tensor is freed.\n\n"
              "Args:\n"
-             "    obj: C-contiguous buffer of float32, float64, int32, int64, uint64 or uint8, at most 8 dimensions; read-only stays read-only.\n\n"
+             "    obj: C-contiguous buffer of float32, float64, float16, int32, int64, uint64, uint8 or uint16 (the bits of bfloat16), at most 8\n"
+             "        dimensions; read-only stays read-only.\n\n"
              "Raises:\n"
              "    TypeError: no buffer, or of another type. BufferError, ValueError: not C-contiguous.");
 
@@ -143,7 +158,8 @@ static PyObject *from_buffer(PyObject *type, PyObject *args, PyObject *kwargs)
     if (!PyBuffer_IsContiguous(&view, 'C')) {
         PyErr_SetString(PyExc_ValueError, "Tensor.from_buffer: the buffer is not C-contiguous; copy it with numpy.ascontiguousarray");
     } else if (!buffer_kind(&view, &kind)) {
-        PyErr_Format(PyExc_TypeError, "Tensor.from_buffer: elements of format '%s', supported: float32, float64, int32, int64, uint64, uint8",
+        PyErr_Format(PyExc_TypeError,
+                     "Tensor.from_buffer: elements of format '%s', supported: float32, float64, float16, int32, int64, uint64, uint8, uint16 (bf16)",
                      view.format);
     } else {
         return tensor_take_buffer((PyTypeObject *)type, &view, kind);
@@ -156,7 +172,7 @@ PyDoc_STRVAR(zeros_doc, "zeros($type, shape, dtype='f32')\n--\n\n"
                         "A tensor of zeros in memory of its own, 64-byte aligned.\n\n"
                         "Args:\n"
                         "    shape: int, or tuple of at most 8 int >= 0.\n"
-                        "    dtype: \"f32\", \"f64\", \"i32\", \"i64\", \"u64\" or \"u8\".\n\n"
+                        "    dtype: \"f32\", \"f64\", \"f16\", \"bf16\" (uint16 in NumPy), \"i32\", \"i64\", \"u64\" or \"u8\".\n\n"
                         "Raises:\n"
                         "    ValueError: shape or dtype. MemoryError.");
 
@@ -186,7 +202,8 @@ static PyObject *zeros(PyObject *type, PyObject *args, PyObject *kwargs)
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|s:zeros", names, &shape_value, &dtype)) return NULL;
     int kind = 0;
     while (kind < KIND_COUNT && strcmp(array_kinds[kind].name, dtype) != 0) kind++;
-    if (kind == KIND_COUNT) return PyErr_Format(PyExc_ValueError, "Tensor.zeros: dtype is '%s', supported: f32, f64, i32, i64, u64, u8", dtype);
+    if (kind == KIND_COUNT)
+        return PyErr_Format(PyExc_ValueError, "Tensor.zeros: dtype is '%s', supported: f32, f64, f16, bf16, i32, i64, u64, u8", dtype);
     Py_ssize_t shape[TENSOR_MAX_DIM];
     int ndim = parse_shape(shape_value, shape);
     if (ndim < 0) return NULL;
@@ -367,7 +384,7 @@ static PyObject *tensor_repr(PyObject *object)
 
 static PyGetSetDef getset[] = {
     {"shape", get_shape, NULL, "tuple of int", NULL},
-    {"dtype", get_dtype, NULL, "\"f32\", \"f64\", \"i32\", \"i64\", \"u64\" or \"u8\"", NULL},
+    {"dtype", get_dtype, NULL, "\"f32\", \"f64\", \"f16\", \"bf16\" (uint16 in NumPy), \"i32\", \"i64\", \"u64\" or \"u8\"", NULL},
     {"name", get_name, NULL, "name in the model, or None", NULL},
     {"nbytes", get_nbytes, NULL, "size in bytes", NULL},
     {NULL, NULL, NULL, NULL, NULL},

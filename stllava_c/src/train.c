@@ -220,7 +220,7 @@ static PyObject *adamw_step(PyObject *module, PyObject *args, PyObject *kwargs)
     if (PyErr_Occurred()) return NULL;
 
     model_object *model = (model_object *)model_value;
-    array_kind kind = real_kind(model->dtype);
+    array_kind kind = kind_of(model->dtype);
     Py_ssize_t n_ranges;
     Py_buffer m = {0}, v = {0};
     stv_adamw_range *ranges = take_ranges(ranges_value, "adamw_step", &n_ranges);

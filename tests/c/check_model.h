@@ -71,7 +71,7 @@ static inline void tiny_bind_all(stv_model *model)
 {
     for (int64_t i = 0; i < stv_model_n_tensors(model); i++) {
         stv_tensor_info info = stv_model_tensor(model, i);
-        if (!info.data) CHECK_OK(stv_model_bind(model, info.name, tiny_values(&info, 1000 + (uint64_t)i), info.size));
+        if (!info.data) CHECK_OK(stv_model_bind(model, info.name, stv_stored_reals(tiny_values(&info, 1000 + (uint64_t)i)), info.size));
     }
 }
 

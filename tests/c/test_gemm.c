@@ -2,12 +2,9 @@
 #include "ops/gemm.h"
 
 #include "base/alloc.h"
-#include "base/cpu.h"
+#include "check_cpu.h"
 #include "check_exec.h"
 #include "ops/gemm_kernel.h"
-
-#include <sys/wait.h>
-#include <unistd.h>
 
 typedef enum product_kind { NT, NN, TN } product_kind;
 
@@ -90,46 +87,70 @@ static void values_and_order(void)
     }
 }
 
-typedef struct double_product {
-    product_kind kind;
-    double *y;
-    const double *a, *b;
-    const real *narrow; /* b before it was widened */
-    int64_t M, N, K;
-} double_product;
+/* ---- a right side stored narrower ------------------------------------------------------------------------------------------ */
 
-static void multiply_doubles(stv_exec *x, void *context)
+typedef struct stored_product {
+    product p; /* b: widened */
+    stv_stored stored;
+} stored_product;
+
+static void multiply_stored(stv_exec *x, void *context)
 {
-    const double_product *p = context;
-    if (p->kind == NT) stv_matmul_nt_f64(x, p->y, p->a, p->b, p->M, p->N, p->K, false);
-    else stv_matmul_nn_f64(x, p->y, p->a, p->b, p->M, p->N, p->K, false);
+    const stored_product *s = context;
+    const product *p = &s->p;
+    if (p->kind == NT) stv_matmul_nt_stored(x, p->y, p->a, s->stored, p->M, p->N, p->K, p->add);
+    else stv_matmul_nn_stored(x, p->y, p->a, s->stored, p->M, p->N, p->K, p->add);
 }
 
-static void multiply_wide(stv_exec *x, void *context)
+/* Values (n) of a narrower type: of halves, the bit patterns that are numbers, subnormals among them. */
+static stv_stored narrow_values(stv_dtype dtype, int64_t n)
 {
-    const double_product *p = context;
-    if (p->kind == NT) stv_matmul_nt_wide(x, p->y, p->a, p->narrow, p->M, p->N, p->K, false);
-    else stv_matmul_nn_wide(x, p->y, p->a, p->narrow, p->M, p->N, p->K, false);
+    void *data = check_new((size_t)n * stv_dtype_size(dtype));
+    if (dtype == STV_DTYPE_F32)
+        for (int64_t i = 0; i < n; i++) ((float *)data)[i] = (float)(i * 7919 % 1009) / 1009 - 0.5F;
+    else
+        for (int64_t i = 0; i < n; i++) {
+            uint16_t bits = (uint16_t)(i * 40503 + 12345);
+            if (dtype == STV_DTYPE_F16) ((uint16_t *)data)[i] = (bits & 0x7C00) == 0x7C00 ? 0 : bits;
+            else ((uint16_t *)data)[i] = bits & 0xBFFF; /* below 2: no sum is infinite */
+        }
+    return (stv_stored){data, dtype};
 }
 
-/* Widening while packing is widening before: the bits of the product of doubles. */
-static void wide_products_are_products_of_doubles(void)
+/* Widening while packing is widening before, for any type, shape, place in memory and number of threads. */
+static void stored_products_are_products_of_widened(void)
 {
+    static const stv_dtype dtypes[] = {STV_DTYPE_F16, STV_DTYPE_BF16, STV_DTYPE_F32};
     for (int i_shape = 0; i_shape < N_SHAPES; i_shape++)
-        for (int kind = NT; kind <= NN; kind++) {
+        for (int variant = 0; variant < 4 * (STV_REAL_BITS == 32 ? 2 : 3); variant++) {
             int64_t M = shapes[i_shape][0], N = shapes[i_shape][1], K = shapes[i_shape][2];
-            double *a = check_new((size_t)(M * K) * sizeof *a), *widened = check_new((size_t)(N * K) * sizeof *widened);
-            double *y = check_new((size_t)(M * N) * sizeof *y), *want = check_new((size_t)(M * N) * sizeof *want);
-            real *random = new_reals(M * K, 13), *b = new_reals(N * K, 14);
-            for (int64_t i = 0; i < M * K; i++) a[i] = (double)random[i] / 3;
-            for (int64_t i = 0; i < N * K; i++) widened[i] = (double)b[i];
-            double_product p = {(product_kind)kind, y, a, widened, b, M, N, K};
-            check_exec(2, multiply_wide, &p);
-            p.y = want;
-            check_exec(1, multiply_doubles, &p);
-            CHECK_SAME_BITS(kind_names[kind], y, want, (size_t)(M * N) * sizeof *y);
+            stv_dtype dtype = dtypes[variant / 4];
+            stored_product s = {.stored = stv_stored_from(narrow_values(dtype, N * K + 1), 1)};
+            real *widened = new_reals(N * K, 0), *want = new_reals(M * N, variant % 2 ? 15 : 0);
+            stv_widen(widened, s.stored, N * K);
+            s.p = (product){
+                .kind = (product_kind)(variant / 2 % 2), new_reals(M * N, variant % 2 ? 15 : 0), new_reals(M * K, 13), widened, M, N, K, variant % 2};
+            char what[100];
+            snprintf(what, sizeof what, "%s of %s M %d N %d K %d", kind_names[s.p.kind], stv_dtype_name(dtype), (int)M, (int)N, (int)K);
+            check_exec(1 + i_shape % 3, multiply_stored, &s);
+            product wide = s.p;
+            wide.y = want;
+            check_exec(1, multiply, &wide);
+            CHECK_SAME_BITS(what, s.p.y, want, (size_t)(M * N) * sizeof *want);
             check_release_buffers();
         }
+}
+
+static void stored_nan_stays_in_its_row(void)
+{
+    enum { M = 17, N = 35, K = 20 };
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        stv_stored w = narrow_values(bf16 ? STV_DTYPE_BF16 : STV_DTYPE_F16, N * K);
+        ((uint16_t *)(void *)w.data)[34 * K + 2] = 0x7FC0;
+        stored_product s = {{NT, new_reals(M * N, 0), new_reals(M * K, 9), NULL, M, N, K, false}, w};
+        check_exec(1, multiply_stored, &s);
+        for (int64_t i = 0; i < M * N; i++) CHECK(isnan(s.p.y[i]) == (i % N == 34));
+    }
 }
 
 static void same_bits_for_any_row_count(void)
@@ -206,32 +227,12 @@ static void steady_call_allocates_nothing(void)
     stv_pool_free(pool);
 }
 
-/* The cases above at every lower level: STLLAVA_CPU is read once a process, so each level is a process. */
-static const char *program;
-
-static void lower_cpu_levels(void)
-{
-    if (getenv("STLLAVA_CPU")) {
-        check_skip("this process is one of the levels");
-        CHECK(strcmp(stv_cpu_level_name(stv_cpu()), getenv("STLLAVA_CPU")) == 0);
-        return;
-    }
-    for (int level = 0; level < (int)stv_cpu(); level++) {
-        pid_t child = fork();
-        if (child == 0) {
-            setenv("STLLAVA_CPU", stv_cpu_level_name((stv_cpu_level)level), 1);
-            execl(program, program, (char *)NULL);
-            _exit(127);
-        }
-        int status = -1;
-        CHECK(child > 0 && waitpid(child, &status, 0) == child);
-        CHECK_INT(status, 0);
-    }
-}
+static void lower_cpu_levels(void) { check_lower_cpu_levels(); }
 
 static const check_case cases[] = {
     {"values and order", values_and_order},
-    {"wide products are products of doubles", wide_products_are_products_of_doubles},
+    {"stored products are products of widened", stored_products_are_products_of_widened},
+    {"stored nan stays in its row", stored_nan_stays_in_its_row},
     {"same bits for any row count", same_bits_for_any_row_count},
     {"same bits for any thread count", same_bits_for_any_thread_count},
     {"nothing to sum", nothing_to_sum},
@@ -242,6 +243,6 @@ static const check_case cases[] = {
 
 int main(int argc, char **argv)
 {
-    program = argv[0];
+    check_program = argv[0];
     return CHECK_RUN(cases);
 }

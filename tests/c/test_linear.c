@@ -36,11 +36,11 @@ static layer make_layer(setup s)
     l.a = new_reals(s.rank * s.K, 3), l.b = new_reals(s.N * s.rank, 4);
     l.in = new_reals(s.rows * s.K, 5), l.dy = new_reals(s.rows * s.N, 6);
     l.y = new_reals(s.rows * s.N, 0), l.u = s.rank ? new_reals(s.rows * s.rank, 0) : NULL, l.din = new_reals(s.rows * s.K, 0);
-    l.lin = (stv_linear){.weight = l.weight, .bias = s.bias ? l.bias : NULL, .n_in = s.K, .n_out = s.N};
+    l.lin = (stv_linear){.weight = stv_stored_reals(l.weight), .bias = stv_stored_reals(s.bias ? l.bias : NULL), .n_in = s.K, .n_out = s.N};
     l.lin.dweight = new_zeros(s.N * s.K), l.lin.dbias = s.bias ? new_zeros(s.N) : NULL;
     if (s.rank)
-        l.lin.lora = (stv_lora){.a = l.a,
-                                .b = l.b,
+        l.lin.lora = (stv_lora){.a = stv_stored_reals(l.a),
+                                .b = stv_stored_reals(l.b),
                                 .da = new_zeros(s.rank * s.K),
                                 .db = new_zeros(s.N * s.rank),
                                 .rank = s.rank,
@@ -261,13 +261,13 @@ static void merged_equals_unmerged(void)
     real *merged = new_reals(s.N * s.K, 0), *y = new_reals(s.rows * s.N, 0);
     check_exec(1, merge, &(merging){merged, &l.lin});
     layer plain = make_layer((setup){10, 33, 21, 0, true, false});
-    plain.lin.weight = merged;
+    plain.lin.weight = stv_stored_reals(merged);
     plain.y = y;
     check_exec(1, forward, &plain);
     CHECK_MREL("merged", y, l.y, s.rows * s.N, tolerance);
 
     real *same = new_reals(s.N * s.K, 0);
-    plain.lin.weight = l.weight;
+    plain.lin.weight = stv_stored_reals(l.weight);
     check_exec(1, merge, &(merging){same, &plain.lin});
     CHECK_SAME_BITS("rank 0", same, l.weight, (size_t)(s.N * s.K) * sizeof(real));
 }

@@ -43,19 +43,19 @@ static run new_run(int64_t n_rows, int64_t D, int64_t V)
 static void forward(stv_exec *x, void *context)
 {
     run *r = context;
-    stv_logprob_forward(x, r->logp, r->lse, r->h, r->w, r->D, r->V, &r->targets);
+    stv_logprob_forward(x, r->logp, r->lse, r->h, stv_stored_reals(r->w), r->D, r->V, &r->targets);
 }
 
 static void backward(stv_exec *x, void *context)
 {
     run *r = context;
-    stv_logprob_backward(x, (stv_logprob_grads){r->dh, r->frozen ? NULL : r->dw}, r->dlogp, r->lse, r->h, r->w, r->D, r->V, &r->targets);
+    stv_logprob_backward(x, (stv_logprob_grads){r->dh, r->frozen ? NULL : r->dw}, r->dlogp, r->lse, r->h, stv_stored_reals(r->w), r->D, r->V, &r->targets);
 }
 
 static void mean_logit(stv_exec *x, void *context)
 {
     run *r = context;
-    stv_mean_logit(x, r->mean_logit, r->h, r->w, r->targets.n_rows, r->D, r->V);
+    stv_mean_logit(x, r->mean_logit, r->h, stv_stored_reals(r->w), r->targets.n_rows, r->D, r->V);
 }
 
 typedef struct exact {

@@ -377,7 +377,7 @@ static void merged_equals_unmerged(void)
     t.options.train = false;
     CHECK_MREL("merged", tiny_forward(&t), logp, t.n_targets, SAME);
     CHECK_ERROR(stv_model_merge_lora(t.model), STV_ERR_STATE, "merged");
-    CHECK_ERROR(stv_model_bind(t.model, "model.norm.weight", before, TINY_D), STV_ERR_STATE, "merged");
+    CHECK_ERROR(stv_model_bind(t.model, "model.norm.weight", stv_stored_reals(before), TINY_D), STV_ERR_STATE, "merged");
     CHECK_ERROR(stv_model_set_trainable(t.model, NULL, 0), STV_ERR_STATE, "merged");
     CHECK_OK(stv_model_unmerge_lora(t.model));
     CHECK_ERROR(stv_model_unmerge_lora(t.model), STV_ERR_STATE, "no adapters are merged");
@@ -629,9 +629,9 @@ static void models_check_names_and_sizes(void)
     real *values = check_random_reals(400, 1);
     CHECK_OK(stv_context_create(&context, 1));
     CHECK_OK(stv_model_create(&model, context, &config, STV_REAL_DTYPE));
-    CHECK_ERROR(stv_model_bind(model, "model.nrom.weight", values, 12), STV_ERR_NAME, "model.nrom.weight");
-    CHECK_ERROR(stv_model_bind(model, "model.norm.weight", values, 13), STV_ERR_SHAPE, "13 elements, want 12");
-    CHECK_ERROR(stv_model_bind(model, "model.norm.weight", NULL, 12), STV_ERR_ARGUMENT, "no data");
+    CHECK_ERROR(stv_model_bind(model, "model.nrom.weight", stv_stored_reals(values), 12), STV_ERR_NAME, "model.nrom.weight");
+    CHECK_ERROR(stv_model_bind(model, "model.norm.weight", stv_stored_reals(values), 13), STV_ERR_SHAPE, "13 elements, want 12");
+    CHECK_ERROR(stv_model_bind(model, "model.norm.weight", stv_stored_reals(NULL), 12), STV_ERR_ARGUMENT, "no data");
     CHECK_ERROR(stv_model_add_lora(model, "model.embed_tokens", 2, 1, 0), STV_ERR_NAME, "model.embed_tokens");
     const char *module = "model.layers.0.mlp.up_proj";
     CHECK_ERROR(stv_model_add_lora(model, module, 0, 1, 0), STV_ERR_ARGUMENT, "rank 0");
@@ -703,7 +703,7 @@ static void unbound_tensors_are_named(void)
     CHECK_ERROR(stv_run_forward(run, batch, &options), STV_ERR_STATE, "model.embed_tokens.weight");
     for (int64_t i = 0; i < stv_model_n_tensors(model); i++) {
         stv_tensor_info info = stv_model_tensor(model, i);
-        if (!is_adapter(&info)) CHECK_OK(stv_model_bind(model, info.name, tiny_values(&info, (uint64_t)i), info.size));
+        if (!is_adapter(&info)) CHECK_OK(stv_model_bind(model, info.name, stv_stored_reals(tiny_values(&info, (uint64_t)i)), info.size));
     }
     CHECK_OK(stv_run_forward(run, batch, &options)); /* without adapters nobody misses them */
     options.adapters = true;

@@ -36,7 +36,7 @@ static void patchify(stv_exec *x, void *context)
 static void class_token(stv_exec *x, void *context)
 {
     run *r = context;
-    stv_class_token_forward(x, r->out, r->rows, r->class_embedding, r->positions, r->n, r->T, r->D);
+    stv_class_token_forward(x, r->out, r->rows, stv_stored_reals(r->class_embedding), stv_stored_reals(r->positions), r->n, r->T, r->D);
     stv_class_token_backward(x, r->grads, r->dout, r->n, r->T, r->D);
 }
 

@@ -32,13 +32,13 @@ static run new_run(shape s)
 static void forward(stv_exec *x, void *context)
 {
     run *r = context;
-    stv_rmsnorm_forward(x, r->y, r->rstd, r->in, r->weight, r->rows, r->D, eps);
+    stv_rmsnorm_forward(x, r->y, r->rstd, r->in, stv_stored_reals(r->weight), r->rows, r->D, eps);
 }
 
 static void backward(stv_exec *x, void *context)
 {
     run *r = context;
-    stv_rmsnorm_backward_add(x, r->din, r->dweight, r->dy, r->in, r->weight, r->rstd, r->rows, r->D);
+    stv_rmsnorm_backward_add(x, r->din, r->dweight, r->dy, r->in, stv_stored_reals(r->weight), r->rstd, r->rows, r->D);
 }
 
 static void values(void)

@@ -115,7 +115,7 @@ static void all_finite(void)
 static void splice_exec(stv_exec *x, void *context)
 {
     run *r = context;
-    stv_splice_forward(x, r->a, r->b, r->features, r->token, r->index, r->n, r->D);
+    stv_splice_forward(x, r->a, stv_stored_reals(r->b), r->features, r->token, r->index, r->n, r->D);
 }
 
 static void unsplice_exec(stv_exec *x, void *context)

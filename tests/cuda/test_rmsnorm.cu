@@ -76,8 +76,8 @@ static void compare(stv_exec *x, const stv_ops_cuda *ops, cudaStream_t stream, i
     std::vector<float> y(rows * D), rstd(rows);
     mirror m_in(in), m_weight(weight), m_dy(dy), m_din(din), m_dweight(dweight), m_y(y), m_rstd(rstd);
 
-    stv_rmsnorm_forward(x, y.data(), rstd.data(), in.data(), weight.data(), rows, D, eps);
-    stv_rmsnorm_backward_add(x, din.data(), dweight.data(), dy.data(), in.data(), weight.data(), rstd.data(), rows, D);
+    stv_rmsnorm_forward(x, y.data(), rstd.data(), in.data(), stv_stored_reals(weight.data()), rows, D, eps);
+    stv_rmsnorm_backward_add(x, din.data(), dweight.data(), dy.data(), in.data(), stv_stored_reals(weight.data()), rstd.data(), rows, D);
 
     if (ops->rmsnorm_forward(stream, m_y.device, m_rstd.device, m_in.device, m_weight.device, rows, D, eps) != STV_OK ||
         ops->rmsnorm_backward_add(stream, m_din.device, m_dweight.device, m_dy.device, m_in.device, m_weight.device, m_rstd.device, rows, D) != STV_OK) {

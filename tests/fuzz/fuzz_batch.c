@@ -36,7 +36,7 @@ static stv_model *new_model(stv_context *context, float *weights, int64_t n_weig
     fuzz_fill(weights, n_weights);
     for (int64_t i = 0; i < stv_model_n_tensors(model); i++) {
         const stv_tensor_info info = stv_model_tensor(model, i);
-        FUZZ_REQUIRE(info.size <= n_weights && !fuzz_refused(stv_model_bind(model, info.name, weights, info.size)));
+        FUZZ_REQUIRE(info.size <= n_weights && !fuzz_refused(stv_model_bind(model, info.name, (stv_stored){weights, STV_DTYPE_F32}, info.size)));
         weights += info.size;
         n_weights -= info.size;
     }

@@ -55,7 +55,7 @@ static void compute(stv_model *model, const stv_batch *batch, stv_forward_option
     for (int64_t i = 0; i < n_tensors; i++) {
         const stv_tensor_info info = stv_model_tensor(model, i);
         names[i] = info.name;
-        FUZZ_REQUIRE(!fuzz_refused(stv_model_bind(model, info.name, at, info.size)));
+        FUZZ_REQUIRE(!fuzz_refused(stv_model_bind(model, info.name, (stv_stored){at, STV_DTYPE_F32}, info.size)));
         at += info.size;
     }
     FUZZ_REQUIRE(!fuzz_refused(stv_model_set_trainable(model, names, n_tensors)));

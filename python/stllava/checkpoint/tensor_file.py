@@ -78,6 +78,21 @@ def to_float32(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32, copy=False)
 
 
+def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Floating-point values as ``"f32"``, ``"f16"`` or ``"bf16"`` (uint16 bits), rounded to nearest, ties to even; NaN stays NaN.
+
+    A value beyond the largest of the type becomes infinite: `count_nonfinite` tells. f64 becomes bf16 by way of f32.
+    """
+    if dtype == "bf16" and dtype_name(array) != "bf16":
+        bits = to_float32(array).view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+        return np.where((bits & 0x7FFFFFFF) > 0x7F800000, bits >> 16 | 0x40, rounded).astype(np.uint16)
+    if dtype == "f16" and dtype_name(array) != "f16":
+        with np.errstate(over="ignore"):
+            return (to_float32(array) if dtype_name(array) == "bf16" else array).astype(np.float16)
+    return to_float32(array) if dtype == "f32" else array
+
+
 def count_nonfinite(array: np.ndarray) -> int:
     """Number of NaN and infinite values; 0 for integer and bool arrays."""
     kind = dtype_name(array)

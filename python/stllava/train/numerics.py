@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import stllava_c
+from stllava.checkpoint.tensor_file import count_nonfinite
 from stllava.errors import NumericsError
 from stllava.model import LlavaModel
 
@@ -56,7 +57,7 @@ def _cause(micros: Seq[Micro], model: LlavaModel) -> str:
                 for key, pixels in zip(micro.trees.image_keys, micro.pixels, strict=True) if not all_finite(pixels)]
     if pictures:
         return f"; NaN or Inf in the pixels of {shown(pictures)}"
-    weights = [name for name, values in model.named_parameters() if not all_finite(values)]
+    weights = [name for name, values in model.named_parameters() if count_nonfinite(values)]
     return f"; NaN or Inf in the weights {shown(weights)}" if weights else ""
 
 
