@@ -59,7 +59,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Lines that begin with a slash: " + HELP.replace("\n", "; ")
     parser.add_argument("model_name_or_path", metavar="DIR", help="checkpoint directory")
     _loading_flags(parser)
-    parser.add_argument("--image", default=None, help="a picture to begin with")
+    parser.add_argument("--image", "--image_file", default=None, help="a picture to begin with")
     _decoding_flags(parser)
 
 
