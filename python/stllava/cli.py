@@ -283,6 +283,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
+    from .conv_mode import model_name_of
     from .data.records import read_records
     from .evaluate.answers import answer_questions
     from .evaluate.report import print_report
@@ -291,7 +292,7 @@ def run_eval(args: argparse.Namespace) -> None:
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
     answers = answer_questions(_model(args), items, lambda name: str(inside(folder, name)), template=args.conv_mode,
-                               max_new_tokens=args.max_new_tokens, out=args.answers_file)
+                               max_new_tokens=args.max_new_tokens, out=args.answers_file, model_id=model_name_of(args.model_name_or_path))
     print_report(evaluate_vqa(items, answers, args.metrics))
 
 

@@ -90,30 +90,39 @@ def test_an_interrupt_anywhere_leaves_a_session_that_goes_on(monkeypatch, interr
     """KeyboardInterrupt before, inside or right after the call that computes the second turn's prompt."""
     model = talking_model()
     session = model.chat_session(seed=7, max_new_tokens=4)
-    first = session.send(QUESTIONS[0], [picture()]).finish()
-    real = session._decoder
 
     class Interrupted:
+        def __init__(self, real):
+            self.real = real
+
         def __getattr__(self, name):
-            return getattr(real, name)
+            return getattr(self.real, name)
 
         def extend(self, batch, **options):
             if interrupt == 2:
                 stllava_c._core._fail_allocation(1, True)
             if interrupt > 1:
                 try:
-                    real.extend(batch, **options)
+                    self.real.extend(batch, **options)
                 except MemoryError:
                     pass
                 finally:
                     stllava_c._core._fail_allocation(0)
             raise KeyboardInterrupt
 
-    session._decoder = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        session.send("Lost.")
-    assert len(session.messages) == 2
-    session._decoder = real
+    def interrupted(text):
+        real, before = session._decoder, session.messages
+        session._decoder = Interrupted(real)
+        with pytest.raises(KeyboardInterrupt):
+            session.send(text)
+        assert session.messages == before
+        session._decoder = real
+
+    session.send(QUESTIONS[0], [picture()])  # left before its first word
+    interrupted("Lost.")
+    first = session.send(QUESTIONS[0], [picture()]).finish()
+    assert first == fresh(model, [f"<image>\n{QUESTIONS[0]}"], [], [picture()], 0, max_new_tokens=4)
+    interrupted("Lost.")
     second = session.send(QUESTIONS[1]).finish()
     assert second == fresh(model, [f"<image>\n{QUESTIONS[0]}", QUESTIONS[1]], [first.text], [picture()], 1, max_new_tokens=4)
 

@@ -14,6 +14,7 @@ import stllava_c
 from stllava.cli import main
 from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.data.steps import item_seed
+from stllava.evaluate import answers
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,31 @@ def test_what_cannot_be_answered_is_named(ask, questions, flags, words):
     code, rows, errors = ask(questions, *flags)
     assert (code, rows) == (1, []) and all(word in errors for word in words), errors
     assert "Traceback" not in errors
+
+
+def test_an_interrupted_run_keeps_its_answers(ask, monkeypatch):
+    _, whole, _ = ask(QUESTIONS[:3])
+    real, calls = answers.generate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(answers, "generate", interrupted)
+    code, rows, errors = ask(QUESTIONS, "--batch_size", "2")
+    assert code == 130 and len(rows) == 5 and "interrupted" in errors
+    monkeypatch.undo()
+    assert ask(QUESTIONS)[1][:3] == whole
+
+
+def test_answers_of_another_model_or_question_are_not_continued(ask, tmp_path):
+    _, whole, _ = ask(QUESTIONS)
+    for field, now in (("model_id", "'model'"), ("prompt", "'Is it number 3?'")):
+        (tmp_path / "a.jsonl").write_text(json.dumps({**whole[3], field: "another"}) + "\n")
+        code, _, errors = ask(QUESTIONS)
+        assert code == 1 and f"question 3 has the {field} 'another', but now it is {now}; to answer anew, name another file" in errors
 
 
 def test_another_file_is_not_continued(ask, tmp_path):

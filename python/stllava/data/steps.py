@@ -29,14 +29,15 @@ def item_seed(seed: int, *key: object) -> int:
 
 def run_step(items: Iterable[Item], key: Callable[[Item], str | int], work: Callable[[list[Item]], Iterator[dict[str, Any]]], *,
              out: str | Path | None = None, batch_size: int, label: str, progress: bool = True, field: str = "id",
-             group: Callable[[Item], Hashable] | None = None) -> list[dict[str, Any]]:
+             group: Callable[[Item], Hashable] | None = None, check: Callable[[Item, dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
     """Applies `work` to batches of items and returns one record per item, in the order of the items.
 
     `work` yields a record per item of its batch, in order; `key` names an item. With `out`, records are appended to that file as they come, and items
     whose key (in `field`) is there already are not computed again.
 
     group: items with the same value share work. They come into one batch, where they are no more than `batch_size`, and the finished file is brought
-    into the order of the items; records of other items that it held before come first.
+    into the order of the items; records of other items that it held before come first. check: called with an item and the record that `out` has of
+    it; raises if that is another run's.
 
     Raises:
         LockedError: another run appends to the file. FormatError: the file holds something else. OSError: it cannot be written; what it holds stays.
@@ -52,6 +53,9 @@ def run_step(items: Iterable[Item], key: Callable[[Item], str | int], work: Call
             lines = stack.enter_context(ExitStack())
             file = lines.enter_context(appending(out))
         before = list(done)
+        for item in items:
+            if check is not None and key(item) in done:
+                check(item, done[key(item)])
         todo = [item for item in items if key(item) not in done]
         bar = stack.enter_context(progress_bar(len(items), label=label, unit="item", done=len(items) - len(todo), show=progress))
         for batch in _batches(todo, batch_size, group):

@@ -12,6 +12,7 @@ from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.conversation import as_template
 from stllava.data.records import SHOWN, DataError, Problem
 from stllava.data.steps import item_seed, run_step
+from stllava.errors import FormatError
 from stllava.generation import DecodingSettings, generate
 from stllava.text.prompts import dialogue_about_image, dialogue_without_image, open_turn
 
@@ -93,7 +94,7 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
         ``{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`` per question, in order. answer_id is a digest of the rest.
 
     Raises:
-        DataError: see `read_questions`. FormatError: an unreadable picture, or `out` holds something else.
+        DataError: see `read_questions`. FormatError: an unreadable picture, or `out` holds something else, as answers of another model.
     """
     chosen, how = as_template(template), DecodingSettings(**settings)
     given = list(questions)
@@ -113,5 +114,11 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
             digest = hashlib.blake2b("\x1f".join((model_id, str(item.id), item.text, answer.text)).encode(), digest_size=11).hexdigest()
             yield {"question_id": item.id, "prompt": item.text, "text": answer.text, "answer_id": digest, "model_id": model_id, "metadata": {}}
 
+    def check(item: Question, row: dict[str, Any]) -> None:
+        for field, wanted in (("prompt", item.text), ("model_id", model_id)):
+            if row.get(field) != wanted:
+                raise FormatError(f"{out}: the answer to question {item.id!r} has the {field} {str(row.get(field))[:80]!r}, but now it is "
+                                  f"{wanted[:80]!r}; to answer anew, name another file", field=field)
+
     return run_step(items, lambda item: item.id, work, out=out, batch_size=batch_size, label=label, progress=progress, field="question_id",
-                    group=lambda item: ("image", item.image) if item.image is not None else ("text", item.id))
+                    check=check, group=lambda item: ("image", item.image) if item.image is not None else ("text", item.id))
