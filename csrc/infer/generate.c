@@ -327,8 +327,8 @@ static stv_status check_more(const stv_generator *g, int64_t n_keep, const stv_b
     if (g->layout != g->model->layout) return stv_fail(STV_ERR_STATE, "generator: what trains or is merged has changed since its creation");
     STV_TRY(check(g->model, batch, forward, o));
     if (g->n != 1 || batch->view.n_sequences != 1 || o->n_per_sequence != 1)
-        return stv_fail(STV_ERR_ARGUMENT, "generator: %lld continuations are to be extended by %lld sequences, want one and one", (long long)g->n,
-                        (long long)(batch->view.n_sequences * o->n_per_sequence));
+        return stv_fail(STV_ERR_ARGUMENT, "generator: to extend, want 1 continuation, 1 sequence and n_per_sequence 1, got %lld, %lld and %lld",
+                        (long long)g->n, (long long)batch->view.n_sequences, (long long)o->n_per_sequence);
     int64_t n_rows = STV_TYPED(stv_generator_n_rows)(g);
     if (n_keep < 0 || n_keep > n_rows)
         return stv_fail(STV_ERR_ARGUMENT, "generator: n_keep is %lld, want 0..%lld, the rows there are", (long long)n_keep, (long long)n_rows);

@@ -455,8 +455,8 @@ def test_a_generator_goes_on():
     several = stllava_c.Generator(model, one_batch(model, [1, 2]), n_per_sequence=2, max_new_tokens=1)
     good = dict(batch=one_batch(model, [1]), keep_rows=0, max_new_tokens=1)
     for made, changes, kind, text in ((generator, {"keep_rows": -1}, ValueError, "n_keep"), (generator, {"keep_rows": 99}, ValueError, "want 0..41"),
-                                      (several, {}, ValueError, "want one and one"), (generator, {"seeds": [1, 2]}, ValueError, "want 1 elements, got 2"),
-                                      (generator, {"batch": pair_batch(model), "pixels": pixels()}, ValueError, "by 2 sequences"),
+                                      (several, {}, ValueError, "got 2, 1 and 1"), (generator, {"seeds": [1, 2]}, ValueError, "want 1 elements, got 2"),
+                                      (generator, {"batch": pair_batch(model), "pixels": pixels()}, ValueError, "got 1, 2 and 1"),
                                       (generator, {"pixels": pixels()}, ValueError, "."), (generator, {"batch": one_batch(tiny(), [1])}, ValueError, "another"),
                                       (generator, {"top_p": 0.0}, ValueError, "top_p")):
         with pytest.raises(kind, match=text):
