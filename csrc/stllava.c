@@ -186,6 +186,14 @@ stv_status stv_generator_step(stv_generator *generator, int32_t *tokens, double 
     return BY_DTYPE(generator->model, stv_generator_step, generator, tokens, logp);
 }
 
+int64_t stv_generator_n_rows(const stv_generator *generator) { return BY_DTYPE(generator->model, stv_generator_n_rows, generator); }
+
+stv_status stv_generator_extend(stv_generator *generator, int64_t n_keep, const stv_batch *batch, const stv_forward_options *forward,
+                                const stv_generate_options *options)
+{
+    return BY_DTYPE(generator->model, stv_generator_extend, generator, n_keep, batch, forward, options);
+}
+
 stv_status stv_generator_finish(stv_generator *generator, int64_t i) { return BY_DTYPE(generator->model, stv_generator_finish, generator, i); }
 
 /* ---- randomness ---------------------------------------------------------------------------------------------------------- */

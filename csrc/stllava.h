@@ -314,6 +314,9 @@ typedef struct stv_generate_options {
     stv_sampling sampling;
     int64_t n_per_sequence; /* continuations of each sequence of the batch; they share its prefix */
     int64_t max_new_tokens;
+    int64_t min_new_tokens; /* until then no token of eos_ids is drawn */
+    double
+        repetition_penalty; /* 1: off; logits of tokens in the prompt or drawn before are divided by it, negative ones multiplied, before all else */
     const uint64_t *seeds;  /* (Q * n_per_sequence); NULL: 0, 1, 2, ... */
     const int32_t *eos_ids; /* (n_eos) a sequence ends with, and includes, the first of these */
     int64_t n_eos;
@@ -331,9 +334,17 @@ int64_t stv_generator_n_active(const stv_generator *generator); /* not finished 
 /* The logits the next step draws from: (n, V) real, rows of finished continuations stale. Valid until the next step. */
 const void *stv_generator_logits(const stv_generator *generator);
 /* Draws one token for every active continuation and computes the next logits. Fills tokens (n), -1 where finished before, and logp (n) (may be
- * NULL) = log-probability of the token under the unfiltered softmax. */
+ * NULL) = log-probability of the token under the softmax of the logits as the model gave them. */
 stv_status stv_generator_step(stv_generator *generator, int32_t *tokens, double *logp);
 stv_status stv_generator_finish(stv_generator *generator, int64_t i); /* stop this continuation (a stop string was seen) */
+/* Rows whose keys and values are kept. Of a generator of one continuation: the prompt's, then one for each token drawn, but for the last token of
+ * a continuation that ended by itself. */
+int64_t stv_generator_n_rows(const stv_generator *generator);
+/* A generator of one continuation goes on with its first n_keep rows and the batch's one sequence behind them; only the latter is computed. Logits
+ * and draws have the bits of a new generator of the whole. forward: pixels/features of the batch; theta and adapters stay those of creation.
+ * Errors: argument (nothing has changed); memory, interrupted (n_keep rows are left and nothing is active until it is extended again). */
+stv_status stv_generator_extend(stv_generator *generator, int64_t n_keep, const stv_batch *batch, const stv_forward_options *forward,
+                                const stv_generate_options *options);
 
 /* ---- images -------------------------------------------------------------------------------------------------------------------- */
 

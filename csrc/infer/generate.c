@@ -50,6 +50,29 @@ static void decode(stv_exec *x, void *context)
     for (int64_t i = 0; i < n; i++) memcpy((real *)g->logits + g->active[i] * V, logits + i * V, (size_t)V * sizeof(real));
 }
 
+static void penalise(const stv_generator *g, double *logits, const real *from, stv_span rows)
+{
+    for (int64_t row = rows.row; row < rows.row + rows.count; row++) {
+        int32_t token = g->cache->token[row];
+        if (token < 0) continue;
+        double logit = (double)from[token]; /* not of `logits`: once, however often the token was there */
+        logits[token] = logit < 0 ? logit * g->repetition_penalty : logit / g->repetition_penalty;
+    }
+}
+
+/* What depends on the tokens before, in transformers' order; see its RepetitionPenaltyLogitsProcessor and MinNewTokensLengthLogitsProcessor. */
+static void adjust(const stv_generator *g, int64_t i, double *logits, const real *from)
+{
+    const stv_kv_cache *cache = g->cache;
+    stv_attn_segment path = cache->path[i / cache->n_per_sequence];
+    if (g->repetition_penalty != 1) {
+        for (int64_t s = 0; s < path.n_spans; s++) penalise(g, logits, from, cache->path_spans[path.i_span + s]);
+        penalise(g, logits, from, (stv_span){cache->n_prompt_rows + i * cache->max_new, cache->length[i]});
+    }
+    for (int64_t e = 0; e < g->n_eos && g->n_steps < g->min_new_tokens; e++)
+        if (g->eos_ids[e] >= 0 && g->eos_ids[e] < g->model->config.decoder.vocab_size) logits[g->eos_ids[e]] = -(double)INFINITY;
+}
+
 typedef struct draw_args {
     stv_generator *g;
     double *logits, *probabilities; /* (workers,V) */
@@ -69,13 +92,16 @@ static void draw(void *arg, int64_t i_task, int i_worker)
         if (logits[v] > logits[best]) best = v;
     }
     for (int64_t v = 0; v < V; v++) sum += exp(logits[v] - logits[best]);
+    double lse = logits[best] + log(sum);
     int32_t token = (int32_t)best;
-    if (g->sampling.temperature > 0 && isfinite(sum)) {
+    bool adjusts = g->repetition_penalty != 1 || g->n_steps < g->min_new_tokens;
+    if ((g->sampling.temperature > 0 || adjusts) && isfinite(sum)) {
+        adjust(g, i, logits, from);
         stv_sampling_filter(probabilities, a->order + i_worker * V, logits, V, &g->sampling);
         token = stv_sample_token(probabilities, V, stv_rng_uniform(g->seeds[i], STV_RNG_SAMPLE, (uint64_t)g->n_steps, 0));
     }
     g->draw_token[i_task] = token;
-    g->draw_logp[i_task] = logits[token] - logits[best] - log(sum);
+    g->draw_logp[i_task] = (double)from[token] - lse;
 }
 
 static void draw_all(stv_exec *x, void *context)
@@ -130,7 +156,10 @@ stv_status STV_TYPED(stv_generator_step)(stv_generator *g, int32_t *tokens, doub
     stv_kv_cache_plan(g->cache, g->active, g->n_active);
     stv_status status = in_arena(g, decode);
     if (status != STV_OK) return undo_draw(g, tokens, status);
-    for (int64_t i = 0; i < g->n_active; i++) g->cache->length[g->active[i]]++;
+    for (int64_t i = 0; i < g->n_active; i++) {
+        g->cache->token[g->cache->row[i]] = (int32_t)g->next_token[i];
+        g->cache->length[g->active[i]]++;
+    }
     return STV_OK;
 }
 
@@ -152,6 +181,9 @@ static stv_status check(const stv_model *model, const stv_batch *batch, const st
         return stv_fail(STV_ERR_ARGUMENT, "generator: n_per_sequence is %lld, want 1..%d", (long long)o->n_per_sequence, 1 << 20);
     if (o->max_new_tokens < 1 || o->max_new_tokens > 1 << 24)
         return stv_fail(STV_ERR_ARGUMENT, "generator: max_new_tokens is %lld, want 1..%d", (long long)o->max_new_tokens, 1 << 24);
+    if (o->min_new_tokens < 0) return stv_fail(STV_ERR_ARGUMENT, "generator: min_new_tokens is %lld, want at least 0", (long long)o->min_new_tokens);
+    if (!(o->repetition_penalty > 0) || !isfinite(o->repetition_penalty))
+        return stv_fail(STV_ERR_ARGUMENT, "generator: repetition_penalty is %g, want a finite number > 0 (1: off)", o->repetition_penalty);
     if (o->n_eos < 0 || (o->n_eos > 0 && !o->eos_ids))
         return stv_fail(STV_ERR_ARGUMENT, "generator: %lld eos ids, but none given", (long long)o->n_eos);
     for (int64_t q = 0; q < batch->view.n_sequences; q++)
@@ -159,11 +191,10 @@ static stv_status check(const stv_model *model, const stv_batch *batch, const st
     return STV_OK;
 }
 
-static bool allocate(stv_generator *g, const stv_generate_options *o)
+static bool allocate(stv_generator *g)
 {
     size_t n = (size_t)g->n, size;
     if (!stv_size_mul(&size, n * sizeof(real), (size_t)g->model->config.decoder.vocab_size)) return false;
-    g->eos_ids = stv_alloc((size_t)o->n_eos * sizeof *g->eos_ids);
     g->seeds = stv_alloc(n * sizeof *g->seeds);
     g->finished = stv_alloc_zero(n * sizeof *g->finished);
     g->active = stv_alloc(n * sizeof *g->active);
@@ -178,7 +209,7 @@ static bool allocate(stv_generator *g, const stv_generate_options *o)
         g->forward.theta = memcpy(g->theta, g->forward.theta, theta_bytes);
     }
     g->cache = stv_alloc_zero(sizeof *g->cache);
-    return g->eos_ids && g->seeds && g->finished && g->active && g->next_token && g->draw_logp && g->draw_token && g->logits && g->cache;
+    return g->seeds && g->finished && g->active && g->next_token && g->draw_logp && g->draw_token && g->logits && g->cache;
 }
 
 static void prefill(stv_exec *x, void *context)
@@ -192,6 +223,24 @@ static void prefill(stv_exec *x, void *context)
     const real *logits = logits_of(x, g, g->pass->stream, n_sequences);
     if (stv_measuring(x)) return;
     for (int64_t i = 0; i < g->n; i++) memcpy((real *)g->logits + i * V, logits + i / g->cache->n_per_sequence * V, (size_t)V * sizeof(real));
+}
+
+/* Takes over what an answer is drawn with. Errors: memory (nothing has changed). */
+static stv_status set_options(stv_generator *g, const stv_generate_options *o)
+{
+    int32_t *eos_ids = stv_alloc((size_t)o->n_eos * sizeof *eos_ids);
+    if (!eos_ids) return stv_fail(STV_ERR_MEMORY, "generator: no memory for %lld eos ids", (long long)o->n_eos);
+    if (o->n_eos > 0) memcpy(eos_ids, o->eos_ids, (size_t)o->n_eos * sizeof *eos_ids);
+    stv_free(g->eos_ids);
+    g->eos_ids = eos_ids;
+    g->n_eos = o->n_eos;
+    for (int64_t i = 0; i < g->n; i++) g->seeds[i] = o->seeds ? o->seeds[i] : (uint64_t)i;
+    g->sampling = o->sampling;
+    g->repetition_penalty = o->repetition_penalty;
+    g->max_new_tokens = o->max_new_tokens;
+    g->min_new_tokens = o->min_new_tokens;
+    g->n_steps = 0;
+    return STV_OK;
 }
 
 /* The arena at its largest: every continuation alive, at its last token. */
@@ -212,9 +261,8 @@ static stv_status reserve_steps(stv_generator *g)
 
 static stv_status start(stv_generator *g, const stv_batch *batch, const stv_generate_options *o)
 {
-    if (!allocate(g, o)) return stv_fail(STV_ERR_MEMORY, "generator: no memory for %lld continuations", (long long)g->n);
-    memcpy(g->eos_ids, o->eos_ids ? o->eos_ids : g->eos_ids, (size_t)o->n_eos * sizeof *g->eos_ids);
-    for (int64_t i = 0; i < g->n; i++) g->seeds[i] = o->seeds ? o->seeds[i] : (uint64_t)i;
+    if (!allocate(g)) return stv_fail(STV_ERR_MEMORY, "generator: no memory for %lld continuations", (long long)g->n);
+    STV_TRY(set_options(g, o));
     list_active(g);
     STV_TRY(stv_kv_cache_create(g->cache, g->model, batch, o->n_per_sequence, o->max_new_tokens));
     STV_TRY(stv_llava_create(&g->pass, g->model));
@@ -239,14 +287,82 @@ stv_status STV_TYPED(stv_generator_create)(stv_generator **out, stv_model *model
     model->n_users++;
     g->model = model;
     g->layout = model->layout;
-    g->sampling = options->sampling;
     g->forward = only;
     g->n = batch->view.n_sequences * options->n_per_sequence;
-    g->max_new_tokens = options->max_new_tokens;
-    g->n_eos = options->n_eos;
     stv_status status = start(g, batch, options);
     if (status == STV_OK) *out = g;
     else STV_TYPED(stv_generator_free)(g);
+    return status;
+}
+
+/* ---- more rows ------------------------------------------------------------------------------------------------------------ */
+
+int64_t STV_TYPED(stv_generator_n_rows)(const stv_generator *g)
+{
+    int64_t n = g->cache->n_prompt_rows;
+    for (int64_t i = 0; i < g->n; i++) n += g->cache->length[i];
+    return n;
+}
+
+static void prefill_more(stv_exec *x, void *context)
+{
+    stv_generator *g = context;
+    stv_decoder_pass *pass = &g->pass->decoder;
+    int64_t n = g->pass->batch->view.n_rows;
+    int64_t *row = stv_arena_alloc(x->arena, (size_t)n * sizeof *row);
+    int32_t *position = stv_arena_alloc(x->arena, (size_t)n * sizeof *position);
+    for (int64_t i = 0; i < n && !stv_measuring(x); i++) {
+        row[i] = g->cache->n_prompt_rows + i;
+        position[i] = (int32_t)row[i];
+    }
+    g->cache->rows.row = row;
+    pass->position = position;
+    pass->plan = &g->cache->plan;
+    prefill(x, g);
+}
+
+static stv_status check_more(const stv_generator *g, int64_t n_keep, const stv_batch *batch, const stv_forward_options *forward,
+                             const stv_generate_options *o)
+{
+    if (g->layout != g->model->layout) return stv_fail(STV_ERR_STATE, "generator: what trains or is merged has changed since its creation");
+    STV_TRY(check(g->model, batch, forward, o));
+    if (g->n != 1 || batch->view.n_sequences != 1 || o->n_per_sequence != 1)
+        return stv_fail(STV_ERR_ARGUMENT, "generator: to extend, want 1 continuation, 1 sequence and n_per_sequence 1, got %lld, %lld and %lld",
+                        (long long)g->n, (long long)batch->view.n_sequences, (long long)o->n_per_sequence);
+    int64_t n_rows = STV_TYPED(stv_generator_n_rows)(g);
+    if (n_keep < 0 || n_keep > n_rows)
+        return stv_fail(STV_ERR_ARGUMENT, "generator: n_keep is %lld, want 0..%lld, the rows there are", (long long)n_keep, (long long)n_rows);
+    return STV_OK;
+}
+
+stv_status STV_TYPED(stv_generator_extend)(stv_generator *g, int64_t n_keep, const stv_batch *batch, const stv_forward_options *forward,
+                                           const stv_generate_options *options)
+{
+    const stv_batch_view *view = &batch->view;
+    stv_forward_options whole = g->forward; /* theta and adapters */
+    whole.pixels = forward->pixels;
+    whole.features = forward->features;
+    whole.n_images = forward->n_images;
+    STV_TRY(check_more(g, n_keep, batch, &whole, options));
+    STV_TRY(stv_kv_cache_grow(g->cache, g->model, n_keep + view->n_rows + options->max_new_tokens, n_keep));
+    stv_kv_cache_reset(g->cache, n_keep);
+    g->finished[0] = true;
+    list_active(g);
+    STV_TRY(set_options(g, options));
+    STV_TRY(stv_llava_init(g->pass, batch, &whole));
+    g->pass->decoder.cache = &g->cache->rows;
+    g->cache->max_new = options->max_new_tokens;
+    stv_kv_cache_plan_more(g->cache, view->n_rows);
+    STV_TRY(in_arena(g, prefill_more));
+    memcpy(g->cache->token + n_keep, view->row_token, (size_t)view->n_rows * sizeof *view->row_token);
+    stv_kv_cache_reset(g->cache, n_keep + view->n_rows);
+    g->finished[0] = false;
+    list_active(g);
+    stv_status status = reserve_steps(g);
+    if (status == STV_OK) return STV_OK;
+    stv_kv_cache_reset(g->cache, n_keep);
+    g->finished[0] = true;
+    list_active(g);
     return status;
 }
 

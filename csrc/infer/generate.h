@@ -1,6 +1,7 @@
 /* generate.h - the generator of stllava.h, declared for both precisions; stllava.c picks one by the model's dtype.
  *
  *   create: prompts --(one pass, keys and values kept)--> logits of every continuation
+ *   extend: more rows behind those of a single continuation --(the same pass)--> its logits
  *   step:   logits --draw--> one token each --(one pass of all of them)--> logits */
 #ifndef STV_INFER_GENERATE_H
 #define STV_INFER_GENERATE_H
@@ -12,6 +13,9 @@ STV_DECLARE(stv_status, stv_generator_create, stv_generator **out, stv_model *mo
             const stv_generate_options *options);
 STV_DECLARE(void, stv_generator_free, stv_generator *generator);
 STV_DECLARE(stv_status, stv_generator_step, stv_generator *generator, int32_t *tokens, double *logp);
+STV_DECLARE(int64_t, stv_generator_n_rows, const stv_generator *generator);
+STV_DECLARE(stv_status, stv_generator_extend, stv_generator *generator, int64_t n_keep, const stv_batch *batch, const stv_forward_options *forward,
+            const stv_generate_options *options);
 STV_DECLARE(stv_status, stv_generator_finish, stv_generator *generator, int64_t i);
 
 struct stv_kv_cache; /* one for each precision */
@@ -21,9 +25,11 @@ struct stv_generator {
     stv_model *model;
     uint64_t layout; /* of the model at creation */
     stv_sampling sampling;
+    double repetition_penalty;
+    int64_t max_new_tokens, min_new_tokens;
     stv_forward_options forward; /* theta and adapters go on in every step */
     void *theta;                 /* (n_trainable) copy of forward.theta, owned; NULL: the model's own */
-    int64_t n, n_active, n_steps, max_new_tokens;
+    int64_t n, n_active, n_steps;
     int64_t n_eos;
     int32_t *eos_ids;    /* (n_eos), owned, like all below */
     uint64_t *seeds;     /* (n) */

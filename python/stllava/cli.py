@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import cli_use
 from .errors import StllavaError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     143 stopped by SIGTERM after a checkpoint was written."""
     parser = argparse.ArgumentParser(prog="stllava", description=f"Self-training of medical vision-language models. {USE}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     for name, (add, _) in VERBS.items():
         sub = verbs.add_parser(name, help=(add.__doc__ or "").strip().split("\n")[0], description=add.__doc__)
         if name in words:  # flags come from classes whose modules need not be imported for another verb
@@ -43,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StllavaError, OSError, ValueError, MemoryError) as error:
         print(f"stllava {args.verb}: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
+
+
+def _underscores(word: str) -> str:
+    """Flags are written with underscores; dashes are taken for them."""
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
 
 
 # ---- flags from dataclass fields ---------------------------------------------------------------------------------------------
@@ -91,7 +98,11 @@ def parse_bool(text: str) -> bool:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint directory")
+    parser.add_argument("--model_name_or_path", "--model_path", required=True, help="checkpoint directory")
+    _loading_flags(parser)
+
+
+def _loading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_base", help="base of an adapter directory")
     parser.add_argument("--vision_tower", help="the tower's directory, where the checkpoint does not hold it")
     parser.add_argument("--dtype", default="f32", choices=("f32", "f64"))
@@ -272,6 +283,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
+    from .conv_mode import model_name_of
     from .data.records import read_records
     from .evaluate.answers import answer_questions
     from .evaluate.report import print_report
@@ -280,7 +292,7 @@ def run_eval(args: argparse.Namespace) -> None:
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
     answers = answer_questions(_model(args), items, lambda name: str(inside(folder, name)), template=args.conv_mode,
-                               max_new_tokens=args.max_new_tokens, out=args.answers_file)
+                               max_new_tokens=args.max_new_tokens, out=args.answers_file, model_id=model_name_of(args.model_name_or_path))
     print_report(evaluate_vqa(items, answers, args.metrics))
 
 
@@ -322,4 +334,4 @@ def run_demo_base(args: argparse.Namespace) -> None:
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]] = {
     "demo": (add_demo, run_demo), "demo-base": (add_demo_base, run_demo_base), "sft": (add_sft, run_sft), "dpo": (add_dpo, run_dpo),
     "ask": (add_ask, run_ask), "answer": (add_answer, run_answer), "judge": (add_judge, run_judge), "pairs": (add_pairs, run_pairs),
-    "eval": (add_eval, run_eval), "doctor": (add_doctor, run_doctor)}
+    "eval": (add_eval, run_eval), "doctor": (add_doctor, run_doctor), **cli_use.VERBS}

@@ -85,6 +85,15 @@ class Conversation:
             raise ConversationError(f"template {self.name}: role {role!r} is unknown, want one of {self.roles}")
         self.messages.append([role, text])
 
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer besides the end token. Source: `stop_str` of LLaVA's `llava/serve/cli.py`."""
+        end = self.sep if self.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT) else self.sep2
+        return (end,) if end and end not in _SPECIAL_SEPARATORS else ()
+
+    def with_system(self, text: str) -> Conversation:
+        """The same template with another system text, which no checkpoint has been trained with."""
+        return replace(self.copy(), system=f"<|im_start|>system\n{text}" if self.sep_style is SeparatorStyle.MPT else text)
+
     def segments(self) -> list[Segment]:
         """The dialogue as it is put before the model for generation."""
         return _RENDERERS[self.sep_style](self)

@@ -31,6 +31,7 @@ from .text.tokenizer import Tokenizer
 from .tree import Sequence, TreeBatch, build_trees
 
 if TYPE_CHECKING:
+    from .chat import ChatSession
     from .generation import Generation
 
 __all__ = ["LlavaModel", "Dtype", "StoredDtype", "NUMPY_DTYPE", "sequence_sums"]
@@ -380,10 +381,20 @@ class LlavaModel:
         from .generation import generate
         return generate(self, prompts, images, **options)
 
-    def chat(self, messages: Seq[Mapping[str, str]], images: Seq[Picture] = (), **options: Any) -> str:
-        """The assistant's answer to a conversation: see :func:`stllava.generation.chat`."""
-        from .generation import chat
+    def chat(self, messages: Seq[Mapping[str, Any]], images: Seq[Picture] = (), **options: Any) -> str:
+        """The assistant's answer to a conversation: see :func:`stllava.chat.chat`."""
+        from .chat import chat
         return chat(self, messages, images, **options)
+
+    def stream(self, prompt: str | Seq[int], images: Seq[Picture] = (), **options: Any) -> Iterator[str]:
+        """The text of one continuation, piece by piece: see :func:`stllava.generation.stream`."""
+        from .generation import stream
+        return stream(self, prompt, images, **options)
+
+    def chat_session(self, template: str | None = None, **options: Any) -> ChatSession:
+        """A conversation that streams and computes only what is new in each turn: see :class:`stllava.chat.ChatSession`."""
+        from .chat import ChatSession
+        return ChatSession(self, template, **options)
 
 
 def sequence_sums(batch: stllava_c.Batch, values: np.ndarray) -> NDArray[np.float64]:

@@ -104,11 +104,36 @@ static void open_training(world *w)
 
 static stv_status create_generator(world *w)
 {
-    stv_generate_options options = {.sampling = {.temperature = 1, .top_p = 1}, .n_per_sequence = 2, .max_new_tokens = N_STEPS};
+    stv_generate_options options = {
+        .sampling = {.temperature = 1, .top_p = 1}, .n_per_sequence = 2, .repetition_penalty = 1, .max_new_tokens = N_STEPS};
     stv_forward_options forward = w->t.options;
     forward.theta = stv_model_theta(w->t.model);
     return stv_generator_create(&w->generator, w->t.model, w->t.batch, &forward, &options);
 }
+
+/* A talk of two rows, with one token drawn. */
+static stv_status two_rows(world *w, int64_t n_keep)
+{
+    stv_generate_options options = {.sampling = {.top_p = 1}, .n_per_sequence = 1, .repetition_penalty = 2, .max_new_tokens = N_STEPS};
+    stv_forward_options none = {.adapters = true};
+    if (!w->batch) {
+        stv_batch_spec spec = {.n_segments = 1, .parent = (int32_t[]){-1}, .begin = (int64_t[]){0, 2}, .ids = (int32_t[]){1, 2}};
+        CHECK_OK(stv_batch_create(&w->batch, w->t.model, &spec));
+    }
+    return w->generator ? stv_generator_extend(w->generator, n_keep, w->batch, &none, &options)
+                        : stv_generator_create(&w->generator, w->t.model, w->batch, &none, &options);
+}
+
+static void open_talk(world *w)
+{
+    int32_t token;
+    open_tiny(w);
+    memset(w->out, 0, w->out_bytes);
+    CHECK_OK(two_rows(w, 0));
+    CHECK_OK(stv_generator_step(w->generator, &token, NULL));
+}
+
+static stv_status extend_talk(world *w) { return two_rows(w, 2); }
 
 /* Scratch is per thread: with more threads than at its creation, every step allocates. */
 static void open_generator_for_more_threads(world *w)
@@ -325,6 +350,7 @@ static const operation operations[] = {
     {"DPO step", open_training, dpo_step, theta, false},
     {"preference loss", open_tiny, preference_loss, NULL, false},
     {"generator", open_after_forward, create_generator, generated, true},
+    {"generator extend", open_talk, extend_talk, generated, false},
     {"generator step", open_generator_for_more_threads, generate, generated, false},
     {"sampling", open_out, sampling, NULL, true},
     {"image_resize_crop", open_out, resize_crop, NULL, true},

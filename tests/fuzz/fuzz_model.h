@@ -39,7 +39,8 @@ static inline void fuzz_compute(stv_model *model, const stv_batch *batch, const 
     stv_generator *generator = NULL;
     stv_forward_options answer = *options;
     answer.train = answer.dropout = answer.mean_logit = false;
-    const stv_generate_options two = {.sampling = {.temperature = 0.7, .top_k = 5, .top_p = 0.9}, .n_per_sequence = 2, .max_new_tokens = 2};
+    const stv_generate_options two = {
+        .sampling = {.temperature = 0.7, .top_k = 5, .top_p = 0.9}, .n_per_sequence = 2, .repetition_penalty = 1, .max_new_tokens = 2};
     if (!fuzz_refused(stv_generator_create(&generator, model, batch, &answer, &two))) {
         const int64_t n = stv_generator_n(generator), vocab_size = stv_model_get_config(model)->decoder.vocab_size;
         int32_t *tokens = fuzz_new((size_t)n, sizeof *tokens);

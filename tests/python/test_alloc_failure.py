@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from no_memory import failing
-from tiny_core import CONFIG, Q_PROJ, bind_all, pair_batch, pixels, tiny
+from tiny_core import CONFIG, Q_PROJ, bind_all, pair_batch, pixels, text_batch, tiny
 
 import stllava_c
 from stllava_c import _core
@@ -105,6 +105,16 @@ def generator(w: SimpleNamespace) -> stllava_c.Generator:
                                max_new_tokens=3, seeds=[1, 2, 3, 4], eos_ids=[2])
 
 
+def extension_of(w: SimpleNamespace) -> Call:
+    made = stllava_c.Generator(w.model, text_batch(w.model), theta=w.theta, max_new_tokens=1)
+
+    def extend() -> stllava_c.Generator:
+        made.extend(text_batch(w.model, (7, 8)), keep_rows=3, max_new_tokens=3, seeds=[4], eos_ids=[2])
+        return made
+
+    return extend
+
+
 def step_of(w: SimpleNamespace) -> Call:
     made = generator(w)
     return made.step
@@ -164,6 +174,8 @@ OPERATIONS: dict[str, Callable[[SimpleNamespace], Call]] = {
     "Generator.logits": lambda w: generator(w).logits,
     "Generator.n_active": lambda w: (lambda made: lambda: (made.n, made.n_active))(generator(w)),
     "Generator.finish": lambda w: (lambda made: lambda: made.finish(1))(generator(w)),
+    "Generator.extend": extension_of,
+    "Generator.n_rows": lambda w: (lambda made: lambda: made.n_rows)(generator(w)),
     "Generator.close": lambda w: generator(w).close,
     "adamw_step": lambda w: lambda: stllava_c.adamw_step(w.model, w.m, w.v, [[0, 8, 0.0, 0.0], (8, 9, 0.0, 0.0)], step=1),
     "grad_norm": lambda w: lambda: stllava_c.grad_norm(w.model, [[0, 8, 1e-3, 0.0]]) >= 0,

@@ -18,6 +18,7 @@ import stllava_c
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data.dpo import DPODataset
 from stllava.data.sft import SFTDataset
+from stllava.generation import Generation
 from stllava.model import LlavaModel
 from stllava.train.arguments import DPOConfig, SFTConfig
 from stllava.train.dpo import DPOTrainer
@@ -125,6 +126,31 @@ def test_generate(checkpoints, amount):
         return model.generate([IDS, [1, 2, 3]], [PICTURE, None], max_new_tokens=4, temperature=1.0, num_return_sequences=2)
 
     assert check(generate, stride=amount(3, 1)) > 20
+
+
+@pytest.mark.parametrize("forever", [False, True])
+def test_a_turn_of_a_chat(forever):
+    """A turn without memory never was; the same words again get the answer they would have got."""
+    model = tiny_model()
+
+    def turns(*, failing_at: int) -> tuple[Generation, BaseException | None]:
+        session = model.chat_session(max_new_tokens=3, temperature=1.0, repetition_penalty=1.2)
+        session.send("What is it?", [PICTURE]).finish()
+        before = session.messages
+        error = failing(lambda: session.send("Is it large?", [PICTURE]), failing_at, forever) if failing_at else None
+        assert error is None or session.messages == before
+        return session.send("Is it large?", [PICTURE]).finish(), error
+
+    want, _ = turns(failing_at=0)
+    n_failed = 0
+    for n in itertools.count(1):
+        found, error = turns(failing_at=n)
+        assert found == want
+        if error is None:
+            break
+        assert "no memory for " in str(error)
+        n_failed += 1
+    assert n_failed > 8
 
 
 def sft_trainer(model: LlavaModel, folder: Path, names: list[str]) -> Trainer:

@@ -398,6 +398,11 @@ def test_generator_steps():
     assert generator.n == 4
 
 
+def one_batch(model: stllava_c.Model, ids: list[int]) -> stllava_c.Batch:
+    n_images = ids.count(-200)
+    return stllava_c.Batch(model, parent=[-1], begin=[0, len(ids)], ids=ids, image=list(range(n_images)), n_images=n_images)
+
+
 def test_generator_seeds_and_end():
     model = tiny()
     batch = text_batch(model)
@@ -422,6 +427,7 @@ def test_generator_seeds_and_end():
     ({"max_new_tokens": 1, "n_per_sequence": 0}, ValueError, "n_per_sequence"), ({"max_new_tokens": 1, "n_per_sequence": 2**40}, ValueError, "n_per_sequence"),
     ({"max_new_tokens": 1, "seeds": [1, 2]}, ValueError, "seeds: want 1 elements, got 2"), ({"max_new_tokens": 1, "seeds": [-1]}, ValueError, "seeds"),
     ({"max_new_tokens": 1, "eos_ids": [1.5]}, TypeError, "eos_ids"), ({"max_new_tokens": 1, "temperature": -1.0}, ValueError, "temperature"),
+    ({"max_new_tokens": 1, "repetition_penalty": 0.0}, ValueError, "repetition_penalty is 0"), ({"max_new_tokens": 1, "min_new_tokens": -1}, ValueError, "min_"),
     ({"max_new_tokens": 1, "top_p": 0.0}, ValueError, "top_p"), ({"max_new_tokens": 1, "top_k": -1}, ValueError, "top_k"),
     ({"max_new_tokens": 1, "theta": np.zeros(3, np.float32)}, ValueError, "theta"), ({"max_new_tokens": 1, "pixels": pixels()}, ValueError, "."),
 ])
@@ -429,6 +435,36 @@ def test_generator_refuses(options, kind, text):
     model = tiny()
     with pytest.raises(kind, match=text):
         stllava_c.Generator(model, text_batch(model), **options)
+
+
+def test_a_generator_goes_on():
+    """Two turns, the first with an image and an answer that is kept, the second with another image: as if all had been one prompt."""
+    model = tiny()
+    draw = dict(temperature=1.0, repetition_penalty=1.3, max_new_tokens=3, seeds=[9])
+    generator = stllava_c.Generator(model, one_batch(model, [1, -200, 4]), pixels=pixels(), **draw)
+    answer = [int(generator.step()[0][0]) for _ in range(3)]
+    assert generator.n_rows == 18 + 2  # the last token ended the answer and was not computed
+    more = [answer[2], 5, -200, 6]
+    generator.extend(one_batch(model, more), keep_rows=20, pixels=pixels(seed=2), **draw)
+    assert generator.n_rows == 20 + 19 and generator.n_active == 1
+    both = stllava_c.Batch(model, parent=[-1], begin=[0, 9], ids=[1, -200, 4, *answer[:2], *more], image=[0, 1], n_images=2)
+    whole = stllava_c.Generator(model, both, pixels=np.concatenate([pixels(), pixels(seed=2)]), **draw)
+    for _ in range(3):
+        np.testing.assert_array_equal(generator.logits(), whole.logits())
+        np.testing.assert_array_equal(generator.step(), whole.step())
+    several = stllava_c.Generator(model, one_batch(model, [1, 2]), n_per_sequence=2, max_new_tokens=1)
+    good = dict(batch=one_batch(model, [1]), keep_rows=0, max_new_tokens=1)
+    for made, changes, kind, text in ((generator, {"keep_rows": -1}, ValueError, "n_keep"), (generator, {"keep_rows": 99}, ValueError, "want 0..41"),
+                                      (several, {}, ValueError, "got 2, 1 and 1"), (generator, {"seeds": [1, 2]}, ValueError, "want 1 elements, got 2"),
+                                      (generator, {"batch": pair_batch(model), "pixels": pixels()}, ValueError, "got 1, 2 and 1"),
+                                      (generator, {"pixels": pixels()}, ValueError, "."), (generator, {"batch": one_batch(tiny(), [1])}, ValueError, "another"),
+                                      (generator, {"top_p": 0.0}, ValueError, "top_p")):
+        with pytest.raises(kind, match=text):
+            made.extend(**{**good, **changes})
+    assert generator.n_rows == 41 and several.n_active == 2
+    for missing in good:
+        with pytest.raises(TypeError, match=missing):
+            generator.extend(**{key: value for key, value in good.items() if key != missing})
 
 
 # ---- threads and signals ---------------------------------------------------------------------------------------------------------

@@ -164,9 +164,12 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
     "Run.vision_hidden": (lambda w: w.vision.vision_hidden, lambda w: dict(i=1)),
     "Run.vision_pooled": (lambda w: w.vision.vision_pooled, lambda w: {}),
     "Generator": (lambda w: stllava_c.Generator, lambda w: dict(
-        model=w.model, batch=w.words, pixels=None, features=None, theta=w.array, adapters=True, temperature=0.5, top_k=3, top_p=0.9, n_per_sequence=2,
-        max_new_tokens=2, seeds=[3, 2**63], eos_ids=[2])),
+        model=w.model, batch=w.words, pixels=None, features=None, theta=w.array, adapters=True, temperature=0.5, top_k=3, top_p=0.9,
+        repetition_penalty=1.2, n_per_sequence=2, max_new_tokens=2, min_new_tokens=1, seeds=[3, 2**63], eos_ids=[2])),
     "Generator.close": (fresh_generator("close"), lambda w: {}),
+    "Generator.extend": (fresh_generator("extend"), lambda w: dict(
+        batch=w.words, keep_rows=2, pixels=None, features=None, temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.2, max_new_tokens=2,
+        min_new_tokens=1, seeds=[2**63], eos_ids=[2])),
     "Generator.finish": (fresh_generator("finish"), lambda w: dict(i=0)),
     "Generator.logits": (lambda w: w.generator.logits, lambda w: {}),
     "Generator.step": (fresh_generator("step"), lambda w: {}),
@@ -211,7 +214,8 @@ def closed_generator(w) -> None:
     generator = stllava_c.Generator(w.model, w.words, max_new_tokens=1)
     generator.step()
     generator.close()
-    for call in (generator.step, generator.logits, lambda: generator.n_active, lambda: generator.finish(0)):
+    for call in (generator.step, generator.logits, lambda: generator.n_active, lambda: generator.n_rows, lambda: generator.finish(0),
+                 lambda: generator.extend(w.words, keep_rows=0, max_new_tokens=1)):
         refuse(stllava_c.Error, call)
 
 

@@ -63,6 +63,11 @@ assert interrupted(lambda: run.forward(batch, train=True)) < 2
 assert refused(lambda: run.logits([0]))
 np.testing.assert_array_equal(run.forward(small), want)
 assert interrupted(lambda: stllava_c.Generator(model, batch, max_new_tokens=4)) < 2
+generator = stllava_c.Generator(model, small, max_new_tokens=2)
+assert interrupted(lambda: generator.extend(batch, keep_rows=3, max_new_tokens=1)) < 2
+assert (generator.n_rows, generator.n_active) == (3, 0)
+generator.extend(text_batch(model, (9,)), keep_rows=3, max_new_tokens=1)
+np.testing.assert_array_equal(generator.logits(), stllava_c.Generator(model, small, max_new_tokens=2).logits())
 
 middle = text_batch(model, tuple(np.arange(6000) % 128))
 logp = run.forward(middle, train=True)
@@ -202,6 +207,52 @@ finish("out")
 finish("whole")
 assert bytes_of("out") == bytes_of("whole")
 """, str(tmp_path))
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(tmp_path):
+    """It comes in the middle of a step of the second answer, whose words so far are part of what the third turn sees; without an answer it ends all."""
+    said = child("""
+import contextlib, io, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from talking import talking_model
+import stllava_c
+from stllava import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+model = talking_model()
+model.save_pretrained(sys.argv[2])
+real, steps = stllava_c.Generator, []
+
+class Generator:
+    def __init__(self, *args, **options):
+        self.core = real(*args, **options)
+    def __getattr__(self, name):
+        return getattr(self.core, name)
+    def step(self):
+        steps.append(1)
+        if len(steps) == 4 + 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.core.step()
+
+stllava_c.Generator = Generator
+sys.stdin = io.StringIO("What is it?\\nWhy?\\nAnd now?\\n")
+with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
+    assert cli.main(["chat", sys.argv[2], "--max_new_tokens", "4"]) == 0
+first, second, third = out.getvalue().splitlines()
+assert "interrupted; what was said stays" in err.getvalue()
+assert (len(first.split()), len(second.split())) == (4, 2), out.getvalue()
+talk = [("user", "What is it?"), ("assistant", first), ("user", "Why?"), ("assistant", second), ("user", "And now?")]
+assert third == model.chat([{"role": role, "content": text} for role, text in talk], max_new_tokens=4)
+
+class Stdin(io.StringIO):
+    def __iter__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        yield "never"
+sys.stdin = Stdin()
+with contextlib.redirect_stderr(io.StringIO()) as err:
+    assert cli.main(["chat", sys.argv[2]]) == 130
+print(err.getvalue())
+""", str(tmp_path / "model"))
+    assert said.strip() == "stllava: interrupted"
 
 
 def test_the_command_line_says_how_it_ended(tmp_path):

@@ -62,7 +62,7 @@ def _value(item: VqaItem) -> float:
 def answer_greedily(model: LlavaModel, items: Seq[Mapping[str, Any]], image_of: Callable[[str], Any], label: str) -> dict[str, str]:
     """Item id -> greedy answer (template v1). `image_of`: image name -> image; questions of one image share its rows."""
     rows = answer_questions(model, items, image_of, max_new_tokens=MAX_NEW_TOKENS, batch_size=QUESTIONS_PER_BATCH, label=label)
-    return {row["id"]: row["text"] for row in rows}
+    return {row["question_id"]: row["text"] for row in rows}
 
 
 def majority_answers(items: Seq[Mapping[str, Any]], sft_file: str | os.PathLike[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from stllava.conversation import Conversation
 from stllava.text.encode import encode_conversation
 from stllava.text.tokenizer import Tokenizer
 
-__all__ = ["dialogue_about_image", "open_turn"]
+__all__ = ["dialogue_about_image", "dialogue_without_image", "open_turn"]
 
 
 def dialogue_about_image(template: Conversation, question: str) -> Conversation:
@@ -17,8 +17,15 @@ def dialogue_about_image(template: Conversation, question: str) -> Conversation:
     return dialogue
 
 
-def open_turn(dialogue: Conversation, role: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the dialogue so far with an open turn of `role`; the dialogue itself stays as it is."""
+def dialogue_without_image(template: Conversation, question: str) -> Conversation:
+    """A new dialogue whose first turn asks `question`."""
+    dialogue = template.copy()
+    dialogue.append_message(template.roles[0], question)
+    return dialogue
+
+
+def open_turn(dialogue: Conversation, role: str, tokenizer: Tokenizer, n_images: int = 1) -> list[int]:
+    """Ids of the dialogue so far, which shows `n_images`, with an open turn of `role`; the dialogue itself stays as it is."""
     waiting = dialogue.copy()
     waiting.append_message(role, None)
-    return encode_conversation(waiting, tokenizer, 1)
+    return encode_conversation(waiting, tokenizer, n_images)

@@ -1,0 +1,193 @@
+"""`stllava chat DIR` and `stllava generate ...`: a checkpoint answers, a person or a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import StllavaError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .chat import ChatSession
+    from .model import LlavaModel
+
+__all__ = ["VERBS"]
+
+HELP = """/image FILE   shows a picture with what you say next
+/reset        forgets the conversation; the picture is shown again
+/help         this
+/exit         ends it, as Ctrl-D does; Ctrl-C ends an answer, which stays as far as it came"""
+
+
+def _decoding_flags(parser: argparse.ArgumentParser) -> None:
+    from .cli import add_fields
+    from .generation import DecodingSettings
+    add_fields(parser, DecodingSettings, skip=("stop",))
+    parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="texts that end an answer, besides the template's")
+    parser.add_argument("--seed", type=int, default=0, help="default 0: the same answers every time")
+    parser.add_argument("--conv_mode", default=None, help="conversation template; default: what the checkpoint seems to be made with")
+
+
+def _decoding(args: argparse.Namespace) -> dict[str, Any]:
+    from .cli import take_fields
+    from .generation import DecodingSettings
+    return take_fields(args, DecodingSettings) | {"stop": tuple(args.stop)}
+
+
+def _template(args: argparse.Namespace, model: LlavaModel) -> str:
+    from .conv_mode import choose_conv_mode, model_name_of
+    from .conversation import check_template
+    chosen, warning = choose_conv_mode(args.conv_mode, model.config, model_name_of(args.model_name_or_path))
+    if warning is not None:
+        print(f"stllava {args.verb}: {warning}", file=sys.stderr)
+    check_template(chosen, model.tokenizer)
+    return chosen
+
+
+# ---- chat --------------------------------------------------------------------------------------------------------------------
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Talk with a checkpoint, about pictures or without; reads lines from the terminal or a pipe."""
+    from .cli import _loading_flags
+    parser.epilog = "Lines that begin with a slash: " + HELP.replace("\n", "; ")
+    parser.add_argument("model_name_or_path", metavar="DIR", help="checkpoint directory")
+    _loading_flags(parser)
+    parser.add_argument("--image", "--image_file", default=None, help="a picture to begin with")
+    _decoding_flags(parser)
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    from .cli import _model
+    model = _model(args)
+    session = model.chat_session(_template(args, model), seed=args.seed, **_decoding(args))
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(HELP, file=sys.stderr)
+    talk = _Talk(model, session)
+    if args.image is not None:
+        talk.show(args.image)
+    for line in _lines("> " if terminal else None):
+        if line.strip() == "/exit":
+            break
+        try:
+            talk.take(line)
+        except (StllavaError, OSError, ValueError, MemoryError) as error:
+            print(f"stllava chat: {str(error) or 'out of memory'}", file=sys.stderr, flush=True)
+            talk.failed = True
+    return 1 if talk.failed and not terminal else 0
+
+
+def _lines(prompt: str | None) -> Iterator[str]:
+    """What is typed, with editing and the lines before (never kept in a file: people ask about patients), or what comes through a pipe."""
+    if prompt is None:
+        yield from sys.stdin
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401 - `input` then uses it
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            print()
+            return
+
+
+class _Talk:
+    """The conversation of `run_chat`, line by line."""
+
+    def __init__(self, model: LlavaModel, session: ChatSession) -> None:
+        self.model, self.session, self.failed = model, session, False
+        self._picture: np.ndarray | None = None
+        self._pending = False  # the picture goes with what is said next
+
+    def show(self, file: str) -> None:
+        self._picture, self._pending = self.model.pixels([Path(file).expanduser()])[0], True
+
+    def take(self, line: str) -> None:
+        line = line.strip()
+        word, _, rest = line.partition(" ")
+        if word == "/image" and rest.strip():
+            self.show(rest.strip())
+        elif word == "/reset" and not rest:
+            self.session.reset()
+            self._pending = self._picture is not None
+        elif word.startswith("/"):
+            print(HELP, file=sys.stderr)
+            if word != "/help":
+                raise ValueError(f"{line[:60]!r} is no command")
+        elif line:
+            self._answer(line)
+
+    def _answer(self, text: str) -> None:
+        try:
+            reply = self.session.send(text, [self._picture] if self._pending and self._picture is not None else [])
+            self._pending = False
+            for piece in reply:
+                print(piece, end="", flush=True)
+            print(flush=True)
+        except KeyboardInterrupt:
+            print(flush=True)
+            print("stllava chat: interrupted; what was said stays", file=sys.stderr, flush=True)
+
+
+# ---- generate ----------------------------------------------------------------------------------------------------------------
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """Answer a question file (LLaVA's model_vqa): JSON lines in, JSON lines out, continued if the answers file exists."""
+    from .cli import _model_flags
+    _model_flags(parser)
+    parser.add_argument("--question_file", required=True, help="JSON lines (or a JSON list) of {question_id, image, text}")
+    parser.add_argument("--image_folder", default=None, help="where the images are; questions without an image need none")
+    parser.add_argument("--answers_file", required=True, help="JSON lines of {question_id, prompt, text, answer_id, model_id, metadata}")
+    parser.add_argument("--num_chunks", type=int, default=1)
+    parser.add_argument("--chunk_idx", type=int, default=0)
+    parser.add_argument("--num_beams", type=int, default=1, help="1 only")
+    parser.add_argument("--batch_size", type=int, default=16, help="questions answered together; those of one image stay together")
+    _decoding_flags(parser)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from .cli import _model
+    from .conv_mode import model_name_of
+    from .data.chunks import get_chunk
+    from .data.records import read_records
+    from .evaluate.answers import KNOWN_FIELDS, answer_questions, read_questions
+    if args.num_beams != 1:
+        raise ValueError(f"--num_beams is {args.num_beams}: there is no beam search, want 1 (greedy with --temperature 0, else sampling)")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size is {args.batch_size}, want at least 1")
+    records = read_records(args.question_file)
+    questions = get_chunk(read_questions(records, args.question_file), args.num_chunks, args.chunk_idx)
+    unknown = sorted({field for record in records for field in record} - KNOWN_FIELDS)
+    if unknown:
+        print(f"stllava generate: {args.question_file}: fields not used: {', '.join(unknown[:20])}", file=sys.stderr)
+    image_of = _images_in(args.image_folder, [question.image for question in questions if question.image is not None])
+    model = _model(args)
+    rows = answer_questions(model, questions, image_of, template=_template(args, model), batch_size=args.batch_size, out=args.answers_file,
+                            label="generate", model_id=model_name_of(args.model_name_or_path), seed=args.seed, **_decoding(args))
+    print(f"{len(rows)} answers in {args.answers_file}")
+    return 0
+
+
+def _images_in(folder: str | None, names: list[str]) -> Callable[[str], str]:
+    """Name -> path, after a look that all are there: hours of answers should not end at a missing file."""
+    from .paths import inside
+    if folder is None and names:
+        raise ValueError(f"{len(names)} questions have an image, the first {names[0]!r}; give --image_folder")
+    paths = {name: str(inside(folder or ".", name)) for name in dict.fromkeys(names)}
+    missing = [path for path in paths.values() if not Path(path).is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(paths)} image files are missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}")
+    return paths.__getitem__
+
+
+VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]] = {
+    "chat": (add_chat, run_chat), "generate": (add_generate, run_generate)}
