@@ -21,9 +21,11 @@ import stllava_c
 
 from .checkpoint import directory, names
 from .checkpoint.atomic import atomic_directory, current
+from .checkpoint.hf_processor import picture_settings, write_processor
 from .checkpoint.index import Format
 from .checkpoint.peft import LoraConfig
 from .config import LlavaConfig
+from .config_hf import padded
 from .errors import ConfigError, FormatError
 from .images import ImageProcessor, Picture
 from .text.tokenizer import Tokenizer
@@ -81,8 +83,7 @@ class LlavaModel:
         path, model_base = current(path), None if model_base is None else current(model_base)
         found = directory.read_checkpoint(path, model_base=model_base, vision_tower=vision_tower)
         where = next((Path(p) for p in (path, model_base) if p is not None and (Path(p) / "tokenizer.model").exists()), None)
-        tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and (Path(p) / "preprocessor_config.json").exists()),
-                     None)
+        tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and picture_settings(p) is not None), None)
         model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else Tokenizer.from_pretrained(where),
                     image_processor=cls._processor(found.config, tower))
         for part, lora_config in zip(("llm", "vit"), found.lora_configs, strict=True):
@@ -98,7 +99,8 @@ class LlavaModel:
             return ImageProcessor.from_pretrained(tower, aspect=config.image_aspect_ratio)
         return ImageProcessor(size=config.vision.image_size, aspect=config.image_aspect_ratio)
 
-    def save_pretrained(self, path: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9,
+                        layout: directory.Layout = "llava") -> None:
         """Writes a directory that `from_pretrained` reads back bit for bit; whatever fails, it is the old one or the new one.
 
         A model with adapters saves adapters, projector and configuration, as LLaVA's LoRA training does, for use with the same base;
@@ -106,15 +108,20 @@ class LlavaModel:
 
         Args:
             format: ``"safetensors"`` or ``"bin"`` (torch zip files). shard_size: bytes per file of a full checkpoint.
+            layout: ``"llava"``, or ``"hf"`` for transformers' LlavaForConditionalGeneration (projector mlp2x_gelu, no adapters).
 
         Raises:
+            ConfigError: the model has no form in that layout.
             OSError: disk full, unwritable directory; naming the file and what to do. What `path` held before still loads.
         """
         with atomic_directory(path) as temporary:
-            self.write_files(temporary, format=format, shard_size=shard_size)
+            self.write_files(temporary, format=format, shard_size=shard_size, layout=layout)
 
-    def write_files(self, directory_: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9) -> None:
+    def write_files(self, directory_: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9,
+                    layout: directory.Layout = "llava") -> None:
         """The files of `save_pretrained` into an existing directory, for those who add their own."""
+        if self.lora and layout != "llava":
+            raise ConfigError(f"layout {layout!r} is of full weights, but the model has adapters; merge_and_unload() them first", field="layout")
         if self.lora:
             lora = self.lora_tensors()
             directory.write_adapter(directory_, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
@@ -122,11 +129,13 @@ class LlavaModel:
                                     {n: t for n, t in self.tensors().items() if names.is_projector(n)},
                                     (self.lora.get("llm"), self.lora.get("vit")), format=format)
         else:
-            directory.write_full(directory_, self.config, self.tensors(), shard_size=shard_size, format=format)
+            directory.write_full(directory_, self.config, self.tensors(), shard_size=shard_size, format=format, layout=layout)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(directory_)
         if self._image_processor is not None:
             self._image_processor.save_pretrained(directory_)
+        if layout == "hf":
+            write_processor(directory_, padded(self.config))
 
     def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
         wanted = self.tensor_infos()

@@ -18,13 +18,17 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
+from stllava import config_hf
 from stllava.checkpoint import atomic, names, peft, strict_json
+from stllava.checkpoint.hf_processor import pads
 from stllava.checkpoint.index import DEFAULT_SHARD_BYTES, Format, has_weights, read_file, read_weights, write_file, write_weights
 from stllava.checkpoint.peft import Adapter, LoraConfig
-from stllava.checkpoint.tensor_file import FLOAT_DTYPES, TensorFile, count_nonfinite, dtype_name
+from stllava.checkpoint.rounding import mean_of_rows, round_to
+from stllava.checkpoint.tensor_file import FLOAT_DTYPES, Deferred, Tensor, TensorFile, count_nonfinite, dtype_name, values_of
 from stllava.config import LlavaConfig, VisionConfig, known_tower
 from stllava.config_fields import CONFIG_FILE
 from stllava.errors import ConfigError, FormatError, NumericsError
@@ -33,6 +37,8 @@ VIT_LORA = "Vit-lora"
 NON_LORA = "non_lora_trainables"
 PROJECTOR_ONLY = "mm_projector"
 PathLike = str | os.PathLike[str]
+Layout = Literal["llava", "hf"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 # What the original writes as auto_mapping of the tower's adapter.
 _TOWER_MAPPING = {"base_model_class": "CLIPVisionTower", "parent_library": "llava.model.multimodal_encoder.clip_encoder"}
@@ -107,7 +113,7 @@ def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vi
     if base != path:
         _add_projector(checkpoint, path)
     _add_tower(checkpoint, [path, base], vision_tower)
-    _check_complete(checkpoint, [path, base])
+    _check_complete(checkpoint.config, checkpoint.tensors, checkpoint.sources, [path, base])
     if has_adapters:
         _add_adapters(checkpoint, path)
     if check_finite:
@@ -132,8 +138,8 @@ def _read_config(path: Path, base: Path) -> LlavaConfig:
     """The checkpoint's own configuration, or its base's; where both exist they must describe the same decoder."""
     own, other = path / CONFIG_FILE, base / CONFIG_FILE
     if not own.exists():
-        return LlavaConfig.from_pretrained(other)
-    config = LlavaConfig.from_pretrained(own)
+        return _with_aspect(LlavaConfig.from_pretrained(other), base)
+    config = _with_aspect(LlavaConfig.from_pretrained(own), path)
     if other.exists() and other != own:
         base_config = LlavaConfig.from_pretrained(other)
         wanted = base_config.decoder_config()
@@ -143,6 +149,13 @@ def _read_config(path: Path, base: Path) -> LlavaConfig:
         if config.vision is None and config.mm_vision_tower == base_config.mm_vision_tower:
             config = dataclasses.replace(config, vision=base_config.vision)
     return config
+
+
+def _with_aspect(config: LlavaConfig, directory: Path) -> LlavaConfig:
+    """Padding to a square is a key of LLaVA's configuration, but of the image processor in Hugging Face's layout."""
+    if "image_aspect_ratio" in config.extra or not pads(directory):
+        return config
+    return dataclasses.replace(config, extra={**config.extra, "image_aspect_ratio": "pad"})
 
 
 def _first(directory: Path, *stems: str) -> Path | None:
@@ -195,9 +208,8 @@ def _add_tower(checkpoint: Checkpoint, directories: list[Path], vision_tower: Pa
             checkpoint.add(file, names.from_tower)
 
 
-def _check_complete(checkpoint: Checkpoint, directories: list[Path]) -> None:
-    expected = names.expected_shapes(checkpoint.config)
-    tensors, sources = checkpoint.tensors, checkpoint.sources
+def _check_complete(config: LlavaConfig, tensors: Mapping[str, Tensor], sources: Mapping[str, Path], directories: list[Path]) -> None:
+    expected = names.expected_shapes(config)
     if unknown := [name for name in tensors if name not in expected]:
         raise FormatError(f"{sources[unknown[0]]}: {len(unknown)} tensors that this model does not have, first {unknown[0]} (the "
                           "configuration asks for another architecture, or the file belongs to another model)",
@@ -249,18 +261,41 @@ def _check_finite(checkpoint: Checkpoint) -> None:
                                 "diverged (check_finite=False loads it anyway)", path=source, field=name)
 
 
-def write_full(directory: PathLike, config: LlavaConfig, tensors: Mapping[str, np.ndarray],
-               shard_size: int = DEFAULT_SHARD_BYTES, format: Format = "safetensors") -> None:
+def write_full(directory: PathLike, config: LlavaConfig, tensors: Mapping[str, Tensor],
+               shard_size: int = DEFAULT_SHARD_BYTES, format: Format = "safetensors", layout: Layout = "llava") -> None:
     """Write config.json and full weights (canonical names; shards of at most `shard_size` bytes).
 
-    Raises FormatError if names or shapes differ from what `config` asks for, so that what is written can be read.
+    `layout` "hf" writes what transformers' LlavaForConditionalGeneration loads: other names, and a vocabulary with rows for `<image>` and `<pad>`
+    (see `config_hf.padded`). Raises FormatError if names or shapes differ from what `config` asks for, so that what is written can be read;
+    ConfigError for a model that has no form in that layout.
     """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout {layout!r}: want one of {', '.join(LAYOUTS)}", field="layout")
     directory = _prepare(directory)
-    checkpoint = Checkpoint(config, dict(tensors), sources=dict.fromkeys(tensors, directory))
-    _check_complete(checkpoint, [directory])
-    values = config.to_dict() | {"torch_dtype": _TORCH_DTYPES[dtype_name(tensors["model.embed_tokens.weight"])]}
+    _check_complete(config, tensors, dict.fromkeys(tensors, directory), [directory])
+    dtype = _TORCH_DTYPES[dtype_name(tensors["model.embed_tokens.weight"])]
+    if layout == "hf":
+        config = config_hf.padded(config)
+        values = config_hf.to_hf(config, dtype)
+        tensors = {names.to_hf(name): _padded(array, config.vocab_size) if name in names.VOCABULARY else array for name, array in tensors.items()}
+    else:
+        values = config.to_dict() | {"torch_dtype": dtype}
     write_weights(directory, tensors, shard_size, format)
     atomic.write_bytes(directory / CONFIG_FILE, strict_json.dump_object(values))
+
+
+def _padded(array: Tensor, n_rows: int) -> Tensor:
+    """The matrix with rows added at its end, each the mean of the others: its logit is the mean of all logits, so that it is never the largest."""
+    n, width = array.shape
+    if n == n_rows:
+        return array
+
+    def make() -> np.ndarray:
+        values = values_of(array)
+        row = round_to(mean_of_rows(values), dtype_name(values))
+        return np.concatenate([values, np.broadcast_to(row, (n_rows - n, width))])
+
+    return Deferred(array.dtype, (n_rows, width), make)
 
 
 def write_adapter(directory: PathLike, config: LlavaConfig, llm_lora: Mapping[str, np.ndarray],
