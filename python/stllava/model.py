@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ class LlavaModel:
         """
         path, model_base = current(path), None if model_base is None else current(model_base)
         found = directory.read_checkpoint(path, model_base=model_base, vision_tower=vision_tower)
+        for note in found.notes:
+            warnings.warn(note, stacklevel=2)
         where = next((Path(p) for p in (path, model_base) if p is not None and (Path(p) / "tokenizer.model").exists()), None)
         tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and picture_settings(p) is not None), None)
         model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else Tokenizer.from_pretrained(where),
@@ -123,11 +126,12 @@ class LlavaModel:
         if self.lora and layout != "llava":
             raise ConfigError(f"layout {layout!r} is of full weights, but the model has adapters; merge_and_unload() them first", field="layout")
         if self.lora:
-            lora = self.lora_tensors()
+            lora, llm = self.lora_tensors(), self.lora.get("llm")
             directory.write_adapter(directory_, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
                                     {n: t for n, t in lora.items() if names.is_tower(n)},
                                     {n: t for n, t in self.tensors().items() if names.is_projector(n)},
-                                    (self.lora.get("llm"), self.lora.get("vit")), format=format)
+                                    (llm, self.lora.get("vit")), format=format,
+                                    saved={n: t for n, t in self.tensors().items() if llm is not None and llm.saves(n)})
         else:
             directory.write_full(directory_, self.config, self.tensors(), shard_size=shard_size, format=format, layout=layout)
         if self._tokenizer is not None:
@@ -271,7 +275,7 @@ class LlavaModel:
         if part in self.lora:
             raise ConfigError(f"the {part} part has adapters already; merge_and_unload() them first")
         if not modules:
-            raise ConfigError(f"no linear module of the {part} part matches target_modules {sorted(config.target_modules or ())}")
+            raise ConfigError(f"no linear module of the {part} part matches target_modules {config.to_dict()['target_modules']}")
         del self.run  # adapters change the model's tables; runs made before are of no use
         for module in modules:
             self.core.add_lora(module, config.rank(module), config.scaling(module), config.lora_dropout)

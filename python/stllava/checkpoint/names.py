@@ -15,7 +15,7 @@ Canonical = the full LLaVA checkpoint:
 | directory of a vision tower     | vision_model.*, since transformers 5 without `vision_model.`                     |
 | non_lora_trainables             | base_model.model.model.mm_projector.c.weight (run-time prefixes of PEFT)         |
 | mm_projector.bin                | anything up to `mm_projector.`, then c.weight                                    |
-| adapter_model (decoder)         | base_model.model. + canonical                                                    |
+| adapter_model (decoder)         | base_model.model. + canonical, or + names of LlavaForConditionalGeneration       |
 | Vit-lora/adapter_model (tower)  | base_model.model.vision_tower.vision_model.*  (no `model.vision_tower.` before)  |
 """
 
@@ -27,6 +27,7 @@ from stllava.config import LlavaConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
+DECODER = "model."
 PROJECTOR = "model.mm_projector."
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # one row per token
 TOWER = "model.vision_tower.vision_tower."
@@ -236,7 +237,7 @@ def from_projector_file(name: str) -> str:
 
 
 def from_decoder_adapter(name: str) -> str:
-    return name.removeprefix(_PEFT)
+    return from_hf(name.removeprefix(_PEFT))
 
 
 def to_decoder_adapter(name: str) -> str:
