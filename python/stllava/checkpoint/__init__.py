@@ -13,6 +13,7 @@
     names             canonical tensor names, their shapes, and the names each file form uses
     hf_processor      the files of transformers' LlavaProcessor
     directory         whole checkpoints: full, base + adapters, projector only; readers and writers
+    rewrite           whole checkpoints merged, or in another layout, format or dtype, tensor by tensor; describe: what one holds
 
 Import from the modules; this file imports nothing, so that `config` can use the lower ones.
 """

@@ -1,10 +1,11 @@
-"""Weights in another dtype: values rounded to nearest even once, a few MB at a time, with the largest error on the way.
+"""Weights in another dtype: values rounded to nearest even once, a piece at a time, with the largest error on the way.
 
 A value that the new dtype cannot hold (f16 ends at 65504) is an error, never an infinity; values that become 0 are counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,7 @@ from stllava.checkpoint.tensor_file import FLOAT_DTYPES, NUMPY_DTYPES, Deferred,
 from stllava.errors import NumericsError
 
 StoredDtype = Literal["keep", "f32", "f16", "bf16"]
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # of values: what is computed with them stays in the cache
 
 
 @dataclass
@@ -27,13 +28,23 @@ class RoundingError:
     relative: float = 0.0
     n_to_zero: int = 0
 
-    def add(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Take in float64 values before and after."""
-        difference = np.abs(new - old)
-        self.absolute = max(self.absolute, float(difference.max(initial=0.0)))
+    def add(self, old: np.ndarray, new: np.ndarray) -> bool:
+        """Take in f32 or f64 values before and after; False, and nothing is taken in, if one is not finite.
+
+        The difference is exact in the wider type: a rounded value is 0 or within a factor of 2 of its origin (Sterbenz).
+        """
+        with np.errstate(invalid="ignore"):
+            difference = np.subtract(new, old)
+        np.abs(difference, out=difference)
+        largest = float(difference.max(initial=0.0))
+        if not math.isfinite(largest):
+            return False
         size = np.abs(old)
-        self.relative = max(self.relative, float(np.divide(difference, size, out=np.zeros_like(size), where=size > 0).max(initial=0.0)))
-        self.n_to_zero += int(np.count_nonzero((new == 0) & (old != 0)))
+        np.copyto(size, 1, where=size == 0)
+        difference /= size
+        self.absolute, self.relative = max(self.absolute, largest), max(self.relative, float(difference.max(initial=0.0)))
+        self.n_to_zero += int(np.count_nonzero(old)) - int(np.count_nonzero(new))
+        return True
 
 
 def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -47,8 +58,8 @@ def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def wide(values: np.ndarray) -> np.ndarray:
-    """The same values as float64, exactly."""
-    return (values if dtype_name(values) == "f64" else to_float32(values)).astype(np.float64)
+    """The same values as f32, or as f64 where they are that already: exact."""
+    return values if dtype_name(values) == "f64" else to_float32(values)
 
 
 def chunks(array: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
@@ -65,7 +76,7 @@ def mean_of_rows(array: np.ndarray) -> np.ndarray:
     step = max(1, _CHUNK // width)
     total = np.zeros(width)
     for start in range(0, n, step):
-        total += wide(array[start:start + step]).sum(axis=0)
+        total += wide(array[start:start + step]).sum(axis=0, dtype=np.float64)
     total /= n
     return total
 
@@ -82,21 +93,26 @@ def rounded(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], errors: di
 def _rounded(name: str, tensor: Tensor, dtype: str, errors: dict[str, RoundingError]) -> Deferred:
     def make() -> np.ndarray:
         values = values_of(tensor)
-        if n := count_nonfinite(values):
-            raise NumericsError(f"{name} has {n} NaN or infinite values of {values.size}: the file is damaged or training diverged", field=name)
         if dtype_name(values) == dtype:
+            _check_finite(name, values)
             return values
         result = np.empty(values.shape, NUMPY_DTYPES[dtype])
         flat, error = result.reshape(-1), errors.setdefault(part_of(name), RoundingError())
         for piece, old in chunks(values):
-            flat[piece] = round_to(wide(old) if dtype_name(old) != "f32" else old, dtype)
-            if n := count_nonfinite(flat[piece]):
-                raise NumericsError(f"{name}: {n} values are too large for {dtype}, the largest is {np.abs(wide(old)).max():g}; "
-                                    "choose another dtype: bf16 has the range of f32", field=name)
-            error.add(wide(old), wide(flat[piece]))
+            exact = wide(old)
+            flat[piece] = round_to(exact, dtype)
+            if not error.add(exact, wide(flat[piece])):
+                _check_finite(name, values)
+                raise NumericsError(f"{name}: {np.abs(exact).max():g} is too large for {dtype}; choose another dtype: bf16 has the range of f32",
+                                    field=name)
         return result
 
     return Deferred(NUMPY_DTYPES[dtype], tensor.shape, make)
+
+
+def _check_finite(name: str, values: np.ndarray) -> None:
+    if n := count_nonfinite(values):
+        raise NumericsError(f"{name} has {n} NaN or infinite values of {values.size}: the file is damaged or training diverged", field=name)
 
 
 def target_dtypes(tensors: Mapping[str, Tensor], dtype: StoredDtype) -> dict[str, str]:
