@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cli_use
+from .cli_checkpoint import VERBS as CHECKPOINT_VERBS
+from .cli_use import VERBS as USE_VERBS
 from .errors import StllavaError
 
 if TYPE_CHECKING:
@@ -334,4 +335,4 @@ def run_demo_base(args: argparse.Namespace) -> None:
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]] = {
     "demo": (add_demo, run_demo), "demo-base": (add_demo_base, run_demo_base), "sft": (add_sft, run_sft), "dpo": (add_dpo, run_dpo),
     "ask": (add_ask, run_ask), "answer": (add_answer, run_answer), "judge": (add_judge, run_judge), "pairs": (add_pairs, run_pairs),
-    "eval": (add_eval, run_eval), "doctor": (add_doctor, run_doctor), **cli_use.VERBS}
+    "eval": (add_eval, run_eval), **USE_VERBS, **CHECKPOINT_VERBS, "doctor": (add_doctor, run_doctor)}

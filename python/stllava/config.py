@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
+from stllava import config_hf
 from stllava.config_fields import FileConfig, check_divides, check_integer, check_integers, check_neutral, check_positive, unsupported
 from stllava.errors import ConfigError
 from stllava.limits import MAX_LAYERS, MAX_WIDTH
@@ -26,7 +27,7 @@ _MISTRAL_TYPES = ("llava_mistral", "mistral")
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "hidden_act": ("silu",), "rope_scaling": (None,), "attention_bias": (False, None), "mlp_bias": (False, None),
     "attention_dropout": (0, None), "pretraining_tp": (1, None), "partial_rotary_factor": (1, None),
-    "quantization_config": (None,), "text_config": (None,), "mm_use_im_start_end": (False, None),
+    "quantization_config": (None,), "mm_use_im_start_end": (False, None),
     "mm_use_im_patch_token": (False, None), "image_aspect_ratio": ("pad", "square", None),
     "mm_patch_merge_type": ("flat", None), "mm_resampler_type": (None,), "mm_vision_resampler_type": (None,),
     "s2": (False, None), "use_s2": (False, None),
@@ -127,15 +128,14 @@ class LlavaConfig(FileConfig):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the JSON object of `config.json`; missing keys take transformers' defaults for the decoder's family.
 
+        LLaVA's flat layout, or the nested one of Hugging Face's LlavaForConditionalGeneration (see `config_hf`).
+
         Raises ConfigError naming the key, its value and what is supported.
         """
-        values = dict(values)
+        values = config_hf.to_llava(values) if config_hf.is_hf(values) else dict(values)
         model_type = values.setdefault("model_type", "llava")
         if model_type not in (*_LLAMA_TYPES, *_MISTRAL_TYPES):
             raise unsupported("config", "model_type", model_type, (*_LLAMA_TYPES, *_MISTRAL_TYPES))
-        if values.get("text_config") is not None:
-            raise ConfigError("config: text_config is present, which is the layout of Hugging Face's LlavaForConditionalGeneration; "
-                              "supported: the original LLaVA layout", field="text_config")
         _take_rope_parameters(values)
         vision = values.pop("mm_vision_config", None)
         for key, value in _family_defaults(model_type in _MISTRAL_TYPES).items():

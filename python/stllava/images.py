@@ -29,6 +29,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 import stllava_c
 from stllava.checkpoint.atomic import write_bytes
+from stllava.checkpoint.hf_processor import picture_settings
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_IMAGE_BYTES, MAX_JPEG_SCANS, MAX_NUMBER, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_PLAIN_PIXELS, MAX_PNG_TEXTS, MAX_SIDE_PX
@@ -258,10 +259,13 @@ class ImageProcessor:
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], aspect: Literal["pad", "square"] = "pad", *,
                         mode: Mode = "default") -> Self:
-        """Read `preprocessor_config.json`. A key that changes the maths and is not implemented is a ConfigError."""
-        path = Path(directory) / CONFIG_FILE
+        """Read `preprocessor_config.json`, or since transformers 5 the image processor inside `processor_config.json`.
+
+        A key that changes the maths and is not implemented is a ConfigError.
+        """
+        path, values = picture_settings(directory) or (Path(directory) / CONFIG_FILE, None)
         try:
-            return cls(**_parse_config(read_object(path)), aspect=aspect, mode=mode)
+            return cls(**_parse_config(read_object(path) if values is None else values), aspect=aspect, mode=mode)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}", path=path, field=error.field) from error
 
@@ -318,9 +322,11 @@ class ImageProcessor:
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {  # keys, and the values under which the maths is the implemented one
     "do_resize": (True,), "do_center_crop": (True,), "do_normalize": (True,), "do_rescale": (True,), "resample": (3,),
     "do_convert_rgb": (True, False),  # always converted
-    "image_processor_type": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"),
+    "image_processor_type": (*(f"{kind}ImageProcessor{backend}" for kind in ("CLIP", "Llava") for backend in ("", "Fast", "Pil")),
+                             "CLIPFeatureExtractor"),
     "feature_extractor_type": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
-    "data_format": ("channels_first",), "do_pad": (False,),
+    "data_format": ("channels_first",),
+    "do_pad": (False,),
 }
 _NOT_NEUTRAL = ("size", "crop_size", "rescale_factor", "image_mean", "image_std")
 
@@ -332,6 +338,8 @@ def _parse_config(values: Mapping[str, Any]) -> dict[str, Any]:
     crop_size = _side(values, "crop_size", {"height", "width"}, size)
     if crop_size != size:
         raise ConfigError(f"crop_size {crop_size} differs from size {size}: only equal ones are implemented", field="crop_size")
+    if str(values.get("image_processor_type")).startswith("Llava"):
+        values.pop("do_pad", None)  # to a square: `hf_processor.pads` gives it to the model's configuration, and that to `aspect`
     factor = values.get("rescale_factor", 1 / 255)
     if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-12:
         raise ConfigError(f"rescale_factor {factor!r}: only 1/255 is implemented", field="rescale_factor")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ import stllava_c
 
 from .checkpoint import directory, names
 from .checkpoint.atomic import atomic_directory, current
+from .checkpoint.hf_processor import picture_settings, write_processor
 from .checkpoint.index import Format
 from .checkpoint.peft import LoraConfig
 from .checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, to_float32
 from .config import LlavaConfig
+from .config_hf import padded
 from .errors import ConfigError, FormatError, NumericsError
 from .images import ImageProcessor, Picture
 from .text.tokenizer import Tokenizer
@@ -85,9 +88,10 @@ class LlavaModel:
         """
         path, model_base = current(path), None if model_base is None else current(model_base)
         found = directory.read_checkpoint(path, model_base=model_base, vision_tower=vision_tower)
+        for note in found.notes:
+            warnings.warn(note, stacklevel=2)
         where = next((Path(p) for p in (path, model_base) if p is not None and (Path(p) / "tokenizer.model").exists()), None)
-        tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and (Path(p) / "preprocessor_config.json").exists()),
-                     None)
+        tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and picture_settings(p) is not None), None)
         model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else Tokenizer.from_pretrained(where),
                     image_processor=cls._processor(found.config, tower))
         for part, lora_config in zip(("llm", "vit"), found.lora_configs, strict=True):
@@ -103,7 +107,8 @@ class LlavaModel:
             return ImageProcessor.from_pretrained(tower, aspect=config.image_aspect_ratio)
         return ImageProcessor(size=config.vision.image_size, aspect=config.image_aspect_ratio)
 
-    def save_pretrained(self, path: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9,
+                        layout: directory.Layout = "llava") -> None:
         """Writes a directory that `from_pretrained` reads back bit for bit; whatever fails, it is the old one or the new one.
 
         A model with adapters saves adapters, projector and configuration, as LLaVA's LoRA training does, for use with the same base;
@@ -111,27 +116,35 @@ class LlavaModel:
 
         Args:
             format: ``"safetensors"`` or ``"bin"`` (torch zip files). shard_size: bytes per file of a full checkpoint.
+            layout: ``"llava"``, or ``"hf"`` for transformers' LlavaForConditionalGeneration (projector mlp2x_gelu, no adapters).
 
         Raises:
+            ConfigError: the model has no form in that layout.
             OSError: disk full, unwritable directory; naming the file and what to do. What `path` held before still loads.
         """
         with atomic_directory(path) as temporary:
-            self.write_files(temporary, format=format, shard_size=shard_size)
+            self.write_files(temporary, format=format, shard_size=shard_size, layout=layout)
 
-    def write_files(self, directory_: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9) -> None:
+    def write_files(self, directory_: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9,
+                    layout: directory.Layout = "llava") -> None:
         """The files of `save_pretrained` into an existing directory, for those who add their own."""
+        if self.lora and layout != "llava":
+            raise ConfigError(f"layout {layout!r} is of full weights, but the model has adapters; merge_and_unload() them first", field="layout")
         if self.lora:
-            lora = self.lora_tensors()
+            lora, llm = self.lora_tensors(), self.lora.get("llm")
             directory.write_adapter(directory_, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
                                     {n: t for n, t in lora.items() if names.is_tower(n)},
                                     {n: t for n, t in self.tensors().items() if names.is_projector(n)},
-                                    (self.lora.get("llm"), self.lora.get("vit")), format=format)
+                                    (llm, self.lora.get("vit")), format=format,
+                                    saved={n: t for n, t in self.tensors().items() if llm is not None and llm.saves(n)})
         else:
-            directory.write_full(directory_, self.config, self.tensors(), shard_size=shard_size, format=format)
+            directory.write_full(directory_, self.config, self.tensors(), shard_size=shard_size, format=format, layout=layout)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(directory_)
         if self._image_processor is not None:
             self._image_processor.save_pretrained(directory_)
+        if layout == "hf":
+            write_processor(directory_, padded(self.config))
 
     def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
         wanted = self.tensor_infos()
@@ -277,7 +290,7 @@ class LlavaModel:
         if part in self.lora:
             raise ConfigError(f"the {part} part has adapters already; merge_and_unload() them first")
         if not modules:
-            raise ConfigError(f"no linear module of the {part} part matches target_modules {sorted(config.target_modules or ())}")
+            raise ConfigError(f"no linear module of the {part} part matches target_modules {config.to_dict()['target_modules']}")
         del self.run  # adapters change the model's tables; runs made before are of no use
         for module in modules:
             self.core.add_lora(module, config.rank(module), config.scaling(module), config.lora_dropout)

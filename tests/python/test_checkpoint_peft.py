@@ -51,12 +51,13 @@ def test_newer_keys_are_written_only_when_used() -> None:
 
 
 @pytest.mark.parametrize("key, value", [
-    ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 2]]), ("modules_to_save", ["embed_tokens"]),
-    ("exclude_modules", ["q_proj"]), ("trainable_token_indices", [1]), ("fan_in_fan_out", True), ("bias", "all"),
-    ("init_lora_weights", "pissa"), ("peft_type", "LOHA"), ("target_parameters", ["w"]), ("a_key_of_the_future", 1),
+    ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 2]]), ("trainable_token_indices", [1]), ("bias", "all"),
+    ("modules_to_save", "lm_head"), ("modules_to_save", [".*"]), ("exclude_modules", 3), ("exclude_modules", "(a"), ("layers_pattern", ["a|b"]),
+    ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"), ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "corda"), ("init_lora_weights", "lora_ga"), ("kasa_config", {"beta": 1}), ("use_bdlora", {"nblocks": 2}), ("peft_type", "LOHA"), ("target_parameters", ["w"]), ("a_key_of_the_future", 1),
     ("r", 0), ("r", True), ("r", 8.0), ("r", 65537), ("lora_alpha", 0), ("lora_alpha", "16"), ("lora_dropout", 1),
     ("lora_dropout", -0.1), ("use_rslora", 1), ("target_modules", 3), ("target_modules", [1]), ("rank_pattern", ["q_proj"]),
-    ("rank_pattern", {"q_proj": 0}), ("alpha_pattern", {"q_proj": "8"}), ("rank_pattern", {"(a+)+": 4}),
+    ("rank_pattern", {"q_proj": 0}), ("alpha_pattern", {"q_proj": "8"}), ("rank_pattern", {"(a": 4}), ("alpha_pattern", {r"(a)\1": 4}),
     ("layers_to_transform", ["0"]), ("layers_to_transform", True),
 ])
 def test_what_would_change_the_result_is_refused(tmp_path: Path, key: str, value: Any) -> None:
@@ -83,8 +84,32 @@ def test_targets() -> None:
     assert config.targets(Q)
     assert not config.targets("model.layers.1.self_attn.q_proj")
     assert not config.targets("model.layers.0.self_attn.my_q_proj")
-    with pytest.raises(ConfigError, match="expression"):
-        LoraConfig(target_modules=".*q_proj").targets(Q)
+    assert LoraConfig(target_modules=".*q_proj").targets(Q) and not LoraConfig(target_modules="q_proj").targets(Q)
+    assert LoraConfig(target_modules="all-linear").targets(Q)
+    for excluded in (frozenset({"self_attn.q_proj"}), r".*\.0\..*"):
+        config = LoraConfig(target_modules=frozenset({"q_proj"}), exclude_modules=excluded)
+        assert not config.targets(Q) and config.targets("model.layers.1.mlp.q_proj")
+    assert not LoraConfig(target_modules="all-linear", modules_to_save=("layers.0",)).targets(Q)
+    whole = LoraConfig(target_modules=frozenset({Q, "k_proj"}), layers_to_transform=(1,))  # a whole name is taken in any layer
+    assert whole.targets(Q) and not whole.targets(Q.replace("q_proj", "k_proj"))
+    assert LoraConfig(target_modules=frozenset({"q_proj"}), layers_to_transform=(3,), layers_pattern=("blocks", "layers")).targets("a.layers.3.q_proj")
+    assert not LoraConfig(target_modules=frozenset({"q_proj"}), layers_to_transform=(3,), layers_pattern=("blocks",)).targets("a.layers.3.q_proj")
+
+
+def test_a_linear_module_makes_fan_in_fan_out_and_velora_harmless() -> None:
+    assert LoraConfig.from_dict(values(fan_in_fan_out=True, velora_config={"num_groups": 4})) == LoraConfig.from_dict(values())
+
+
+def test_settings_in_names_of_ours() -> None:
+    """PEFT knew the modules under other beginnings, and the expressions are about those."""
+    modules = {f"model.layers.{i}.{name}": f"model.language_model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")}
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=r"model\.language_model.*(q|up)_proj", exclude_modules=r".*layers\.1\.mlp.*",
+                        rank_pattern={r"^model\.language_model\.layers\.0\.self_attn\.q_proj": 4}, alpha_pattern={"^model.layers.0.mlp.up_proj": 1, "q_proj": 2})
+    found = config.resolved(modules, ["lm_head"])
+    wanted = {"model.layers.0.self_attn.q_proj": 0.5, "model.layers.1.self_attn.q_proj": 0.25, "model.layers.0.mlp.up_proj": 2.0}
+    assert {module: found.scaling(module) for module in modules if found.targets(module)} == wanted
+    assert found.is_plain and not config.is_plain and found.modules_to_save == ("lm_head",)
+    assert LoraConfig.from_dict(found.to_dict()) == found
 
 
 @pytest.mark.parametrize("directory, mapping, prefix, n", [
@@ -116,13 +141,26 @@ def test_round_trip(tmp_path: Path, format: index.Format) -> None:
 
 
 @pytest.mark.parametrize("key, message", [
-    ("base_model.model." + Q + ".lora_magnitude_vector.weight", "DoRA"), ("base_model.model.lm_head.weight", "modules_to_save"),
-    ("base_model.model." + Q + ".lora_embedding_A", "not supported"), (Q + ".lora_A.weight", "base_model.model."),
+    ("base_model.model." + Q + ".lora_magnitude_vector.weight", "DoRA"), ("base_model.model." + Q + ".lora_B.bias", "lora_bias"),
+    ("base_model.model." + Q + ".lora_embedding_A", "LoRA on an embedding"),
+    ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices"), (Q + ".lora_A.weight", "base_model.model."),
 ])
 def test_foreign_keys(tmp_path: Path, key: str, message: str) -> None:
     peft.write_adapter_files(tmp_path, LoraConfig(), {key: np.ones((1, 1))}, str)
     with pytest.raises(FormatError, match=message):
         peft.read_adapter(tmp_path, names.from_decoder_adapter)
+
+
+def test_module_to_save_that_is_not_there(tmp_path: Path) -> None:
+    pair = {name: np.ones((1, 1)) for name in names.lora_pair(Q)}
+    config = LoraConfig(r=1, target_modules=frozenset({"q_proj"}), modules_to_save=("lm_head",))
+    peft.write_adapter_files(tmp_path, config, pair, names.to_decoder_adapter)
+    with pytest.raises(FormatError, match="modules_to_save names 'lm_head', but no such tensor"):
+        peft.read_adapter(tmp_path, names.from_decoder_adapter)
+    peft.write_adapter_files(tmp_path, config, {**pair, "lm_head.weight": np.ones((2, 2))}, names.to_decoder_adapter)
+    adapter = peft.read_adapter(tmp_path, names.from_decoder_adapter)
+    assert set(adapter.saved) == {"lm_head.weight"} and set(adapter.tensors) == set(pair)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
 
 
 def test_integer_adapter_and_missing_weights(tmp_path: Path) -> None:

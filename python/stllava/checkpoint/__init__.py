@@ -7,9 +7,13 @@
     safetensors_file  one .safetensors file
     torch_zip         one torch .bin file; torch_pickle reads the pickle inside it without ever running it
     index             one file or many shards with an index
-    peft              LoRA adapters as PEFT writes them
+    peft              LoRA adapters as PEFT writes them; name_pattern: the regular expressions in their settings
+    adapters          the adapters of one checkpoint: decoder, tower, replaced weights
+    rounding          weights in another dtype, and what that costs
     names             canonical tensor names, their shapes, and the names each file form uses
+    hf_processor      the files of transformers' LlavaProcessor
     directory         whole checkpoints: full, base + adapters, projector only; readers and writers
+    rewrite           whole checkpoints merged, or in another layout, format or dtype, tensor by tensor; describe: what one holds
 
 Import from the modules; this file imports nothing, so that `config` can use the lower ones.
 """

@@ -18,21 +18,29 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, get_args
 
 import numpy as np
 
+from stllava import config_hf
 from stllava.checkpoint import atomic, names, peft, strict_json
+from stllava.checkpoint.adapters import VIT_LORA, read_adapters
+from stllava.checkpoint.hf_processor import pads
 from stllava.checkpoint.index import DEFAULT_SHARD_BYTES, Format, has_weights, read_file, read_weights, write_file, write_weights
 from stllava.checkpoint.peft import Adapter, LoraConfig
-from stllava.checkpoint.tensor_file import FLOAT_DTYPES, TensorFile, count_nonfinite, dtype_name
+from stllava.checkpoint.rounding import mean_of_rows, round_to
+from stllava.checkpoint.strict_json import read_object
+from stllava.checkpoint.tensor_file import FLOAT_DTYPES, Deferred, Tensor, TensorFile, count_nonfinite, dtype_name, values_of
 from stllava.config import LlavaConfig, VisionConfig, known_tower
 from stllava.config_fields import CONFIG_FILE
 from stllava.errors import ConfigError, FormatError, NumericsError
 
-VIT_LORA = "Vit-lora"
 NON_LORA = "non_lora_trainables"
 PROJECTOR_ONLY = "mm_projector"
 PathLike = str | os.PathLike[str]
+Layout = Literal["llava", "hf"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 # What the original writes as auto_mapping of the tower's adapter.
 _TOWER_MAPPING = {"base_model_class": "CLIPVisionTower", "parent_library": "llava.model.multimodal_encoder.clip_encoder"}
@@ -44,7 +52,8 @@ class Checkpoint:
     """A checkpoint in memory. Arrays are read-only views on memory maps (bf16 as uint16 bits), read when touched.
 
     `tensors` and `lora` map canonical names (see `names`) to arrays; `sources` maps both to their files; `lora_configs`
-    is (decoder, tower), None where there is no adapter; `ignored` lists what was left out and why.
+    is (decoder, tower), None where there is no adapter; `ignored` lists what was left out and why; `notes` is what the user
+    should know.
     """
 
     config: LlavaConfig
@@ -53,6 +62,7 @@ class Checkpoint:
     lora_configs: tuple[LoraConfig | None, LoraConfig | None] = (None, None)
     sources: dict[str, Path] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, file: TensorFile, to_canonical: Callable[[str], str | None]) -> None:
         """Take all tensors of a file; a later file replaces what an earlier one gave."""
@@ -107,9 +117,10 @@ def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vi
     if base != path:
         _add_projector(checkpoint, path)
     _add_tower(checkpoint, [path, base], vision_tower)
-    _check_complete(checkpoint, [path, base])
+    _check_complete(checkpoint.config, checkpoint.tensors, checkpoint.sources, [path, base])
     if has_adapters:
         _add_adapters(checkpoint, path)
+        _note_another_base(checkpoint, path, base)
     if check_finite:
         _check_finite(checkpoint)
     return checkpoint
@@ -132,8 +143,8 @@ def _read_config(path: Path, base: Path) -> LlavaConfig:
     """The checkpoint's own configuration, or its base's; where both exist they must describe the same decoder."""
     own, other = path / CONFIG_FILE, base / CONFIG_FILE
     if not own.exists():
-        return LlavaConfig.from_pretrained(other)
-    config = LlavaConfig.from_pretrained(own)
+        return _with_aspect(LlavaConfig.from_pretrained(other), base)
+    config = _with_aspect(LlavaConfig.from_pretrained(own), path)
     if other.exists() and other != own:
         base_config = LlavaConfig.from_pretrained(other)
         wanted = base_config.decoder_config()
@@ -143,6 +154,13 @@ def _read_config(path: Path, base: Path) -> LlavaConfig:
         if config.vision is None and config.mm_vision_tower == base_config.mm_vision_tower:
             config = dataclasses.replace(config, vision=base_config.vision)
     return config
+
+
+def _with_aspect(config: LlavaConfig, directory: Path) -> LlavaConfig:
+    """Padding to a square is a key of LLaVA's configuration, but of the image processor in Hugging Face's layout."""
+    if "image_aspect_ratio" in config.extra or not pads(directory):
+        return config
+    return dataclasses.replace(config, extra={**config.extra, "image_aspect_ratio": "pad"})
 
 
 def _first(directory: Path, *stems: str) -> Path | None:
@@ -195,9 +213,8 @@ def _add_tower(checkpoint: Checkpoint, directories: list[Path], vision_tower: Pa
             checkpoint.add(file, names.from_tower)
 
 
-def _check_complete(checkpoint: Checkpoint, directories: list[Path]) -> None:
-    expected = names.expected_shapes(checkpoint.config)
-    tensors, sources = checkpoint.tensors, checkpoint.sources
+def _check_complete(config: LlavaConfig, tensors: Mapping[str, Tensor], sources: Mapping[str, Path], directories: list[Path]) -> None:
+    expected = names.expected_shapes(config)
     if unknown := [name for name in tensors if name not in expected]:
         raise FormatError(f"{sources[unknown[0]]}: {len(unknown)} tensors that this model does not have, first {unknown[0]} (the "
                           "configuration asks for another architecture, or the file belongs to another model)",
@@ -219,26 +236,40 @@ def _check_complete(checkpoint: Checkpoint, directories: list[Path]) -> None:
 
 
 def _add_adapters(checkpoint: Checkpoint, path: Path) -> None:
-    config = checkpoint.config
-    decoder = tower = None
-    if peft.has_adapter(path):
-        read = peft.read_adapter(path, names.from_decoder_adapter)
-        own = {name: array for name, array in read.tensors.items() if not name.startswith(names.TOWER)}
-        # The original collects every lora_ parameter, so its decoder file repeats the tower's; no loader has ever used them.
-        checkpoint.ignored += [f"{read.path}: {name}: adapters of the tower are read from {VIT_LORA} only"
-                               for name in read.tensors if name not in own]
-        decoder = Adapter(read.config, own, read.path)
-        peft.check_pairs(decoder, names.decoder_linears(config), lambda module: True)
-    if peft.has_adapter(path / VIT_LORA):
-        tower = peft.read_adapter(path / VIT_LORA, names.from_tower_adapter)
-        if config.vision is None:
-            raise FormatError(f"{tower.path}: adapter of a vision tower, but the model has none", path=tower.path)
-        used = tuple(f".encoder.layers.{i}." for i in range(config.n_used_vision_layers))
-        peft.check_pairs(tower, names.vision_linears(config.vision), lambda module: any(layer in module for layer in used))
-    for adapter in filter(None, (decoder, tower)):
+    found = read_adapters(path, checkpoint.config)
+    checkpoint.ignored += found.ignored
+    for adapter in filter(None, (found.decoder, found.tower)):
         checkpoint.lora |= adapter.tensors
         checkpoint.sources |= dict.fromkeys(adapter.tensors, adapter.path)
-    checkpoint.lora_configs = (decoder.config if decoder else None, tower.config if tower else None)
+    checkpoint.lora_configs = (found.decoder.config if found.decoder else None, found.tower.config if found.tower else None)
+    for name, array in (found.decoder.saved if found.decoder else {}).items():
+        assert found.decoder is not None
+        _replace(checkpoint, name, array, found.decoder)
+
+
+def _note_another_base(checkpoint: Checkpoint, path: Path, base: Path) -> None:
+    """Directories are renamed and moved, so another name is no error; shapes that differ are one already."""
+    config = checkpoint.lora_configs[0]
+    made_for = config.base_model_name_or_path if config is not None else None
+    if not made_for:
+        return
+    called = read_object(base / CONFIG_FILE).get("_name_or_path") if (base / CONFIG_FILE).exists() else None
+    folders = [part.rpartition("--")[2] for part in base.resolve().parts[-3:]]  # models--NAME/snapshots/HASH in Hugging Face's cache
+    if Path(made_for).name not in (Path(str(called)).name, *folders):
+        checkpoint.notes.append(f"{path}: the adapter was made for {made_for!r}, the base is {base}; if those are other weights, results are wrong")
+
+
+def _replace(checkpoint: Checkpoint, name: str, array: np.ndarray, adapter: Adapter) -> None:
+    """A weight of `modules_to_save` takes the place of the base's."""
+    if name == "lm_head.weight" and checkpoint.config.tie_word_embeddings:
+        raise FormatError(f"{adapter.path}: holds lm_head.weight, which this model ties to its embedding (tie_word_embeddings)", path=adapter.path,
+                          field=name)
+    old = checkpoint.tensors.get(name)
+    if old is None or old.shape != array.shape:
+        what = "which this model does not have" if old is None else f"of shape {array.shape}; the base's is {old.shape} ({checkpoint.sources[name]})"
+        raise FormatError(f"{adapter.path}: replaces {name}, {what}{adapter.config.made_for}", path=adapter.path, field=name)
+    checkpoint.ignored.append(f"{checkpoint.sources[name]}: {name}: replaced by {adapter.path}")
+    checkpoint.tensors[name], checkpoint.sources[name] = array, adapter.path
 
 
 def _check_finite(checkpoint: Checkpoint) -> None:
@@ -249,28 +280,52 @@ def _check_finite(checkpoint: Checkpoint) -> None:
                                 "diverged (check_finite=False loads it anyway)", path=source, field=name)
 
 
-def write_full(directory: PathLike, config: LlavaConfig, tensors: Mapping[str, np.ndarray],
-               shard_size: int = DEFAULT_SHARD_BYTES, format: Format = "safetensors") -> None:
+def write_full(directory: PathLike, config: LlavaConfig, tensors: Mapping[str, Tensor],
+               shard_size: int = DEFAULT_SHARD_BYTES, format: Format = "safetensors", layout: Layout = "llava") -> None:
     """Write config.json and full weights (canonical names; shards of at most `shard_size` bytes).
 
-    Raises FormatError if names or shapes differ from what `config` asks for, so that what is written can be read.
+    `layout` "hf" writes what transformers' LlavaForConditionalGeneration loads: other names, and a vocabulary with rows for `<image>` and `<pad>`
+    (see `config_hf.padded`). Raises FormatError if names or shapes differ from what `config` asks for, so that what is written can be read;
+    ConfigError for a model that has no form in that layout.
     """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout {layout!r}: want one of {', '.join(LAYOUTS)}", field="layout")
     directory = _prepare(directory)
-    checkpoint = Checkpoint(config, dict(tensors), sources=dict.fromkeys(tensors, directory))
-    _check_complete(checkpoint, [directory])
-    values = config.to_dict() | {"torch_dtype": _TORCH_DTYPES[dtype_name(tensors["model.embed_tokens.weight"])]}
+    _check_complete(config, tensors, dict.fromkeys(tensors, directory), [directory])
+    dtype = _TORCH_DTYPES[dtype_name(tensors["model.embed_tokens.weight"])]
+    if layout == "hf":
+        config = config_hf.padded(config)
+        values = config_hf.to_hf(config, dtype)
+        tensors = {names.to_hf(name): _padded(array, config.vocab_size) if name in names.VOCABULARY else array for name, array in tensors.items()}
+    else:
+        values = config.to_dict() | {"torch_dtype": dtype}
     write_weights(directory, tensors, shard_size, format)
     atomic.write_bytes(directory / CONFIG_FILE, strict_json.dump_object(values))
+
+
+def _padded(array: Tensor, n_rows: int) -> Tensor:
+    """The matrix with rows added at its end, each the mean of the others: its logit is the mean of all logits, so that it is never the largest."""
+    n, width = array.shape
+    if n == n_rows:
+        return array
+
+    def make() -> np.ndarray:
+        values = values_of(array)
+        row = round_to(mean_of_rows(values), dtype_name(values))
+        return np.concatenate([values, np.broadcast_to(row, (n_rows - n, width))])
+
+    return Deferred(array.dtype, (n_rows, width), make)
 
 
 def write_adapter(directory: PathLike, config: LlavaConfig, llm_lora: Mapping[str, np.ndarray],
                   vit_lora: Mapping[str, np.ndarray], projector: Mapping[str, np.ndarray],
                   lora_configs: tuple[LoraConfig | None, LoraConfig | None], format: Format = "bin", *,
-                  compat: bool = False) -> None:
+                  saved: Mapping[str, np.ndarray] = MappingProxyType({}), compat: bool = False) -> None:
     """Write what training makes, complete: both adapters, non_lora_trainables and config.json, under canonical names.
 
-    `compat` repeats the tower's adapter in the decoder's file, as the original does. An adapter whose configuration is
-    None is not written. Raises FormatError if an adapter does not fit `config`.
+    `saved` are the weights of the decoder adapter's `modules_to_save`, which go into its file. `compat` repeats the tower's
+    adapter in the decoder's file, as the original does. An adapter whose configuration is None is not written. Raises
+    FormatError if an adapter does not fit `config`.
     """
     directory = _prepare(directory)
     decoder_config, tower_config = lora_configs
@@ -278,7 +333,8 @@ def write_adapter(directory: PathLike, config: LlavaConfig, llm_lora: Mapping[st
         adapter = Adapter(decoder_config, dict(llm_lora), directory)
         peft.check_pairs(adapter, names.decoder_linears(config), lambda module: True)
         repeated = dict(vit_lora) if compat else {}
-        peft.write_adapter_files(directory, decoder_config, {**llm_lora, **repeated}, names.to_decoder_adapter, format)
+        _check_known(directory, saved, names.expected_shapes(config))
+        peft.write_adapter_files(directory, decoder_config, {**llm_lora, **repeated, **saved}, names.to_decoder_adapter, format)
     if tower_config is not None:
         if config.vision is None:
             raise FormatError(f"{directory}: adapter of a vision tower, but config.vision is None", path=directory)

@@ -13,10 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from stllava.checkpoint import atomic, safetensors_file, strict_json, torch_zip
-from stllava.checkpoint.tensor_file import TensorFile
+from stllava.checkpoint.tensor_file import Tensor, TensorFile
 from stllava.errors import FormatError
 from stllava.limits import MAX_SHARDS
 from stllava.paths import inside
@@ -31,7 +29,7 @@ def read_file(path: str | os.PathLike[str]) -> TensorFile:
     return torch_zip.load(path) if Path(path).suffix == ".bin" else safetensors_file.read(path)
 
 
-def write_file(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """One weight file of either kind, told apart by its ending."""
     if Path(path).suffix == ".bin":
         torch_zip.save(path, tensors)
@@ -111,7 +109,7 @@ def _shard_path(index_path: Path, file_name: str) -> Path:
     return path
 
 
-def write_weights(directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
+def write_weights(directory: str | os.PathLike[str], tensors: Mapping[str, Tensor],
                   shard_size: int = DEFAULT_SHARD_BYTES, format: Format = "safetensors") -> list[Path]:
     """Write tensors in the order given, opening a new shard when the next tensor would pass `shard_size` bytes.
 
@@ -123,7 +121,7 @@ def write_weights(directory: str | os.PathLike[str], tensors: Mapping[str, np.nd
         raise ValueError(f"format {format!r}: want one of {', '.join(_STEMS)}")
     if shard_size <= 0:
         raise ValueError(f"shard_size {shard_size}: want a positive number of bytes")
-    shards: list[dict[str, np.ndarray]] = [{}]
+    shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, array in tensors.items():
         if shards[-1] and size + array.nbytes > shard_size:

@@ -23,7 +23,10 @@ from typing import Any
 from stllava.checkpoint.atomic import system_call
 from stllava.errors import StllavaError
 
-__all__ = ["LockedError", "run_lock"]
+__all__ = ["LOCK", "LockedError", "run_lock"]
+
+LOCK = ".lock"
+"""Its name in a directory."""
 
 
 class LockedError(StllavaError):
@@ -42,7 +45,7 @@ def run_lock(output: str | os.PathLike[str]) -> Iterator[Path]:
         LockedError: naming pid, host, start and command of the run that holds it. OSError: the lock file cannot be made.
     """
     output = Path(output)
-    path = output / ".lock" if output.is_dir() else output.with_name(f".{output.name}.lock")
+    path = output / LOCK if output.is_dir() else output.with_name(f".{output.name}.lock")
     descriptor = _open(path, output)
     try:
         system_call(path, os.ftruncate, descriptor, 0)

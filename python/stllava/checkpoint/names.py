@@ -10,10 +10,12 @@ Canonical = the full LLaVA checkpoint:
 | file                            | its name for `model.mm_projector.c.weight` / a tower tensor / an adapter         |
 |---------------------------------|----------------------------------------------------------------------------------|
 | full or merged weights          | canonical                                                                        |
-| directory of a vision tower     | vision_model.*                                                                   |
+| LlavaForConditionalGeneration   | [model.]multi_modal_projector.linear_1.weight, [model.]vision_tower.*,           |
+|                                 | language_model.model.* or [model.]language_model.*, [language_model.]lm_head     |
+| directory of a vision tower     | vision_model.*, since transformers 5 without `vision_model.`                     |
 | non_lora_trainables             | base_model.model.model.mm_projector.c.weight (run-time prefixes of PEFT)         |
 | mm_projector.bin                | anything up to `mm_projector.`, then c.weight                                    |
-| adapter_model (decoder)         | base_model.model. + canonical                                                    |
+| adapter_model (decoder)         | base_model.model. + canonical, or + names of LlavaForConditionalGeneration       |
 | Vit-lora/adapter_model (tower)  | base_model.model.vision_tower.vision_model.*  (no `model.vision_tower.` before)  |
 """
 
@@ -25,11 +27,16 @@ from stllava.config import LlavaConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
+DECODER = "model."
 PROJECTOR = "model.mm_projector."
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # one row per token
 TOWER = "model.vision_tower.vision_tower."
 _TOWER_OWNER = "model.vision_tower."  # the module that PEFT wraps for Vit-lora
 _PEFT = "base_model.model."
 _LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight")
+
+_HF_OWNERS = ("language_model.", "vision_tower.", "multi_modal_projector.")
+_HF_PROJECTOR = {"0": "linear_1", "2": "linear_2"}
 
 # Buffers that old transformers versions saved; they are recomputed from the configuration.
 _BUFFER_ENDINGS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
@@ -137,6 +144,11 @@ def is_projector(name: str) -> bool:
     return name.startswith(PROJECTOR)
 
 
+def part_of(name: str) -> str:
+    """"vision tower", "projector" or "decoder": where a tensor or module belongs, for people."""
+    return "vision tower" if is_tower(name) else "projector" if is_projector(name) else "decoder"
+
+
 def is_lora(name: str) -> bool:
     return name.endswith(_LORA_ENDINGS)
 
@@ -152,15 +164,50 @@ def lora_pair(module: str) -> tuple[str, str]:
 
 
 def from_full(name: str) -> str | None:
-    """Full or merged weights -> canonical; None for buffers that are recomputed."""
-    return None if name.endswith(_BUFFER_ENDINGS) else name
+    """Full or merged weights of either layout -> canonical; None for buffers that are recomputed."""
+    return None if name.endswith(_BUFFER_ENDINGS) else from_hf(name)
+
+
+def is_hf(name: str) -> bool:
+    """True for tensors and modules that are named as in one of the versions of LlavaForConditionalGeneration."""
+    return name.removeprefix("model.").startswith(_HF_OWNERS) and not name.startswith(TOWER)
+
+
+def from_hf(name: str) -> str:
+    """Tensor or module of LlavaForConditionalGeneration, as transformers 4.36 to 5 name them -> canonical; other names stay as they are."""
+    if not is_hf(name):
+        return name
+    owner, _, rest = name.removeprefix("model.").partition(".")
+    if owner == "language_model":
+        return rest if rest.startswith(("model.", "lm_head.")) or rest == "lm_head" else f"model.{rest}"
+    if owner == "vision_tower":
+        return _in_tower(rest)
+    for ours, theirs in _HF_PROJECTOR.items():
+        if rest.startswith(theirs):
+            return PROJECTOR + ours + rest.removeprefix(theirs)
+    return PROJECTOR + rest
+
+
+def to_hf(name: str) -> str:
+    """Canonical -> the names of transformers 4.36, which every later version reads too."""
+    if is_tower(name):
+        return "vision_tower." + name.removeprefix(TOWER)
+    if is_projector(name):
+        number, _, rest = name.removeprefix(PROJECTOR).partition(".")
+        return f"multi_modal_projector.{_HF_PROJECTOR[number]}.{rest}"
+    return "language_model." + name
+
+
+def _in_tower(name: str) -> str:
+    """transformers 5 has no module `vision_model` inside the tower."""
+    return TOWER + (name if name.startswith("vision_model.") else f"vision_model.{name}")
 
 
 def from_tower(name: str) -> str | None:
     """Directory of a CLIP vision tower, or of a whole CLIP model -> canonical; None for buffers and the text half."""
     if name.endswith(_BUFFER_ENDINGS) or name.startswith(_CLIP_TEXT_PREFIXES):
         return None
-    return TOWER + name
+    return _in_tower(name)
 
 
 def to_tower(name: str) -> str:
@@ -190,7 +237,7 @@ def from_projector_file(name: str) -> str:
 
 
 def from_decoder_adapter(name: str) -> str:
-    return name.removeprefix(_PEFT)
+    return from_hf(name.removeprefix(_PEFT))
 
 
 def to_decoder_adapter(name: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from stllava.checkpoint import atomic, strict_json
-from stllava.checkpoint.tensor_file import NUMPY_DTYPES, TensorFile, check_name, dtype_name, is_shape, is_size, little_endian, map_file, view
+from stllava.checkpoint.tensor_file import NUMPY_DTYPES, Tensor, TensorFile, check_name, dtype_name, is_shape, is_size, little_endian, map_file, view
 from stllava.errors import FormatError
 from stllava.limits import MAX_HEADER_BYTES, MAX_RANK, MAX_STRING_CHARS, MAX_TENSORS
 
@@ -123,7 +123,7 @@ def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_size, value))
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
           metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors (uint16 = bf16) atomically; `metadata` defaults to {"format": "pt"}, which PEFT and HF ask for.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stllava.checkpoint.tensor_file import NUMPY_DTYPES, dtype_name, is_shape, is_size
+from stllava.checkpoint.tensor_file import NUMPY_DTYPES, Tensor, dtype_name, is_shape, is_size
 from stllava.errors import FormatError
 from stllava.limits import MAX_RANK
 
@@ -221,7 +221,7 @@ _OPCODES: dict[bytes, Callable[[_Program], None]] = {
 }
 
 
-def dump(tensors: Mapping[str, np.ndarray]) -> bytes:
+def dump(tensors: Mapping[str, Tensor]) -> bytes:
     """Pickle of a dictionary of contiguous tensors; tensor k lies at the start of storage "k"."""
     code = bytearray(b"\x80\x02}(")
     for key, (name, array) in enumerate(tensors.items()):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from stllava.checkpoint import atomic, torch_pickle
-from stllava.checkpoint.tensor_file import TensorFile, check_name, little_endian, map_file, view
+from stllava.checkpoint.tensor_file import Tensor, TensorFile, check_name, little_endian, map_file, view
 from stllava.errors import FormatError
 from stllava.limits import MAX_PICKLE_BYTES, MAX_TENSORS
 
@@ -156,7 +156,7 @@ def _wide(extra: bytes, *values: int) -> list[int]:
     return list(values)
 
 
-def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Write a dictionary of tensors (uint16 = bf16) atomically, so that `torch.load(weights_only=True)` reads it.
 
     One storage per tensor: arrays that share memory are written twice. Equal input gives equal bytes.
