@@ -107,11 +107,11 @@ def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vi
     if base != path:
         _add_projector(checkpoint, path)
     _add_tower(checkpoint, [path, base], vision_tower)
-    _check_complete(checkpoint, [path, base])
+    check_complete(checkpoint, [path, base])
     if has_adapters:
         _add_adapters(checkpoint, path)
     if check_finite:
-        _check_finite(checkpoint)
+        check_finite_values(checkpoint)
     return checkpoint
 
 
@@ -195,7 +195,8 @@ def _add_tower(checkpoint: Checkpoint, directories: list[Path], vision_tower: Pa
             checkpoint.add(file, names.from_tower)
 
 
-def _check_complete(checkpoint: Checkpoint, directories: list[Path]) -> None:
+def check_complete(checkpoint: Checkpoint, directories: list[Path]) -> None:
+    """Names and shapes are those that the configuration asks for; FormatError otherwise. directories: where to look, for the message."""
     expected = names.expected_shapes(checkpoint.config)
     tensors, sources = checkpoint.tensors, checkpoint.sources
     if unknown := [name for name in tensors if name not in expected]:
@@ -241,7 +242,7 @@ def _add_adapters(checkpoint: Checkpoint, path: Path) -> None:
     checkpoint.lora_configs = (decoder.config if decoder else None, tower.config if tower else None)
 
 
-def _check_finite(checkpoint: Checkpoint) -> None:
+def check_finite_values(checkpoint: Checkpoint) -> None:
     for name, array in (checkpoint.tensors | checkpoint.lora).items():
         if n := count_nonfinite(array):
             source = checkpoint.sources[name]
@@ -257,7 +258,7 @@ def write_full(directory: PathLike, config: LlavaConfig, tensors: Mapping[str, n
     """
     directory = _prepare(directory)
     checkpoint = Checkpoint(config, dict(tensors), sources=dict.fromkeys(tensors, directory))
-    _check_complete(checkpoint, [directory])
+    check_complete(checkpoint, [directory])
     values = config.to_dict() | {"torch_dtype": _TORCH_DTYPES[dtype_name(tensors["model.embed_tokens.weight"])]}
     write_weights(directory, tensors, shard_size, format)
     atomic.write_bytes(directory / CONFIG_FILE, strict_json.dump_object(values))

@@ -13,8 +13,10 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -58,7 +60,31 @@ class TensorFile(Mapping[str, np.ndarray]):
         return dtype_name(self[name])
 
 
-def dtype_name(array: np.ndarray) -> str:
+@dataclass(frozen=True)
+class Deferred:
+    """An array that is made when it is written: a writer asks for its size and dtype first, and for its values once."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+Tensor: TypeAlias = np.ndarray | Deferred
+
+
+def dtype_name(array: Tensor) -> str:
     """Name of the array's dtype ('bf16' for uint16). Raises TypeError for one that no checkpoint holds."""
     name = _NAMES.get(array.dtype.newbyteorder("<"))
     if name is None:
@@ -66,8 +92,14 @@ def dtype_name(array: np.ndarray) -> str:
     return name
 
 
-def little_endian(array: np.ndarray) -> np.ndarray:
+def values_of(array: Tensor) -> np.ndarray:
+    """The array, made now if it is deferred."""
+    return array.make() if isinstance(array, Deferred) else array
+
+
+def little_endian(array: Tensor) -> np.ndarray:
     """The same values C-contiguous and little-endian; no copy if they already are. Keeps rank 0."""
+    array = values_of(array)
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
 
 
@@ -76,6 +108,21 @@ def to_float32(array: np.ndarray) -> np.ndarray:
     if dtype_name(array) == "bf16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32, copy=False)
+
+
+def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as 'f32', 'f16' or 'bf16', rounded to nearest even; what is beyond f16 becomes infinite. No copy if they already are."""
+    if dtype_name(array) == dtype:
+        return array
+    values = to_float32(array)
+    if dtype == "f32":
+        return values
+    if dtype == "f16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16)
+    bits = values.view(np.uint32)
+    rounded = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def count_nonfinite(array: np.ndarray) -> int:

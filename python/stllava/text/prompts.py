@@ -5,7 +5,7 @@ from __future__ import annotations
 from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.conversation import Conversation
 from stllava.text.encode import encode_conversation
-from stllava.text.tokenizer import Tokenizer
+from stllava.text.interface import AnyTokenizer
 
 __all__ = ["dialogue_about_image", "open_turn"]
 
@@ -17,7 +17,7 @@ def dialogue_about_image(template: Conversation, question: str) -> Conversation:
     return dialogue
 
 
-def open_turn(dialogue: Conversation, role: str, tokenizer: Tokenizer) -> list[int]:
+def open_turn(dialogue: Conversation, role: str, tokenizer: AnyTokenizer) -> list[int]:
     """Ids of the dialogue so far with an open turn of `role`; the dialogue itself stays as it is."""
     waiting = dialogue.copy()
     waiting.append_message(role, None)
