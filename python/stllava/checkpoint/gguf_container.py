@@ -78,7 +78,7 @@ class GgufFile:
         """
         entry = self.tensors[name]
         if entry.is_quantized:
-            return _dequantize(view(self._buffer, np.dtype("u1"), (entry.n_bytes,), entry.offset), entry)
+            return _dequantize(view(self._buffer, np.dtype("u1"), (entry.n_bytes,), entry.offset), entry, self.path)
         return view(self._buffer, NUMPY_DTYPES[entry.kind], entry.shape, entry.offset)
 
 
@@ -257,7 +257,7 @@ class _Header:
         return kind.name.lower(), block, block_bytes
 
 
-def _dequantize(data: np.ndarray, entry: TensorEntry) -> np.ndarray:
+def _dequantize(data: np.ndarray, entry: TensorEntry, path: Path) -> np.ndarray:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
     kind: GGMLQuantizationType = GGMLQuantizationType[entry.kind.upper()]
@@ -270,7 +270,8 @@ def _dequantize(data: np.ndarray, entry: TensorEntry) -> np.ndarray:
             for start in range(0, len(rows), step):
                 out[start:start + step] = dequantize(rows[start:start + step], kind)
     except NotImplementedError as error:
-        raise FormatError(f"tensor {entry.name} has type {entry.kind}, which the package gguf cannot read: {error}", field=entry.name) from error
+        raise FormatError(f"{path}: tensor {entry.name} has type {entry.kind}, which the package gguf cannot unpack: {error}", path=path,
+                          field=entry.name) from error
     out.flags.writeable = False
     return out.reshape(entry.shape)
 

@@ -204,7 +204,7 @@ def write_gguf(path: PathLike, model: LlavaModel | Checkpoint, tokenizer: AnyTok
     if has_adapters:
         raise ConfigError("the model has adapters; merge_and_unload() them first", field="lora")
     if (config.mm_vision_tower is None) != (mmproj is None):
-        what = "no vision tower, so mmproj must be None" if mmproj is not None else "a vision tower, which goes to a file of its own: pass mmproj=PATH"
+        what = "a vision tower, which goes to a file of its own: pass mmproj=PATH" if mmproj is None else "no vision tower: leave mmproj out"
         raise ConfigError(f"the model has {what}", field="mmproj")
     if missing := [key for key in names.decoder_shapes(config) if key not in tensors]:
         raise FormatError(f"{len(missing)} tensors are missing, first {missing[0]}", field=missing[0])
@@ -220,12 +220,12 @@ def _settings(config: LlavaConfig) -> dict[str, Value]:
     window = config.decoder_config()["sliding_window"]
     if window and window < config.max_position_embeddings:
         raise ConfigError(f"sliding_window is {window}, which llama.cpp's architecture llama does not have", field="sliding_window")
-    return {"llama.vocab_size": config.vocab_size, "llama.context_length": config.max_position_embeddings,
-            "llama.embedding_length": config.hidden_size, "llama.block_count": config.num_hidden_layers, "llama.feed_forward_length": config.intermediate_size,
-            "llama.rope.dimension_count": config.head_dim, "llama.attention.key_length": config.head_dim,
-            "llama.attention.value_length": config.head_dim, "llama.attention.head_count": config.num_attention_heads,
-            "llama.attention.head_count_kv": config.num_key_value_heads, "llama.rope.freq_base": float(config.rope_theta),
-            "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}
+    return {
+        "llama.vocab_size": config.vocab_size, "llama.context_length": config.max_position_embeddings, "llama.embedding_length": config.hidden_size,
+        "llama.block_count": config.num_hidden_layers, "llama.feed_forward_length": config.intermediate_size,
+        "llama.rope.dimension_count": config.head_dim, "llama.attention.key_length": config.head_dim, "llama.attention.value_length": config.head_dim,
+        "llama.attention.head_count": config.num_attention_heads, "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.rope.freq_base": float(config.rope_theta), "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps)}
 
 
 def _stored(key: str, array: np.ndarray, config: LlavaConfig, dtype: Dtype) -> Tensor:

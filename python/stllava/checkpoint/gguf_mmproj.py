@@ -1,8 +1,8 @@
 """Tower and projector of a LLaVA model in llama.cpp's second file (architecture "clip", projector type "mlp").
 
 Two spellings exist of the tower's MLP: files of the old converter call fc1 `ffn_down`; the shapes tell which one a file uses, as in llama.cpp.
-The file ends with the layer whose output the projector takes, and has no post-LayerNorm. Source: llama.cpp's tools/mtmd/clip.cpp and its
-convert_image_encoder_to_gguf.py.
+The file ends with the layer whose output the projector takes, and has no post-LayerNorm. `feature_layer` names that layer once more, because without
+it llama.cpp stops one layer early (its issue 25817). Source: llama.cpp's tools/mtmd/clip.cpp and its convert_image_encoder_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def add_vision(config: LlavaConfig, file: GgufFile) -> LlavaConfig:
         if given is not None and not (isinstance(given, np.ndarray) and given.shape == (3,) and np.allclose(given, ours, atol=1e-6)):
             raise ConfigError(f"{file.path}: {key} is {str(given)[:80]}, supported: CLIP's {ours}", path=file.path, field=key)
     n_layers = integer(file, "clip.vision.block_count", MAX_LAYERS)
-    used = file.metadata.get("clip.vision.feature_layer")
-    if used is not None and not (isinstance(used, np.ndarray) and used.tolist() == [n_layers]):
-        raise ConfigError(f"{file.path}: clip.vision.feature_layer is {str(used)[:80]}, supported: the last one, {n_layers}", path=file.path,
+    used = file.metadata.get("clip.vision.feature_layer", np.array([n_layers]))
+    if not isinstance(used, np.ndarray) or used.shape != (1,) or not 1 <= used[0] <= n_layers:
+        raise ConfigError(f"{file.path}: clip.vision.feature_layer is {str(used)[:80]}, supported: one layer from 1 to {n_layers}", path=file.path,
                           field="clip.vision.feature_layer")
     try:
         vision = VisionConfig(
@@ -66,7 +66,7 @@ def add_vision(config: LlavaConfig, file: GgufFile) -> LlavaConfig:
             hidden_act="gelu" if boolean(file, "clip.use_gelu", False) else "quick_gelu",
             layer_norm_eps=number(file, "clip.vision.attention.layer_norm_epsilon"))
         return dataclasses.replace(config, model_type="llava_llama", mm_vision_tower=file.path.name, mm_hidden_size=vision.hidden_size,
-                                   mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-1, vision=vision)
+                                   mm_projector_type="mlp2x_gelu", mm_vision_select_layer=int(used[0]) - n_layers - 1, vision=vision)
     except ConfigError as error:
         raise ConfigError(f"{file.path}: {error}", path=file.path, field=error.field) from error
 
@@ -120,7 +120,8 @@ def write(path: str | os.PathLike[str], config: LlavaConfig, given: Mapping[str,
         "clip.projector_type": "mlp", "clip.use_gelu": vision.hidden_act == "gelu", "clip.vision.image_size": vision.image_size,
         "clip.vision.patch_size": vision.patch_size, "clip.vision.embedding_length": vision.hidden_size,
         "clip.vision.feed_forward_length": vision.intermediate_size, "clip.vision.projection_dim": config.hidden_size,
-        "clip.vision.block_count": n_layers, "clip.vision.attention.head_count": vision.num_attention_heads,
+        "clip.vision.block_count": n_layers, "clip.vision.feature_layer": np.array([n_layers], np.int32),
+        "clip.vision.attention.head_count": vision.num_attention_heads,
         "clip.vision.attention.layer_norm_epsilon": float(vision.layer_norm_eps), "clip.vision.image_mean": np.asarray(CLIP_MEAN, np.float32),
         "clip.vision.image_std": np.asarray(CLIP_STD, np.float32)}
     used = [name for name in (*names.vision_shapes(dataclasses.replace(vision, num_hidden_layers=max(n_layers, 1))), *names.projector_shapes(config))

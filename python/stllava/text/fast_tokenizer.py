@@ -33,7 +33,7 @@ class FastTokenizer:
     Args:
         backend: a built tokenizer; it belongs to this object from now on.
         eos_token, bos_token, unk_token, pad_token: texts of the tokens; padding uses unk, else eos, where there is none.
-        add_bos: whether a text starts with the begin token; default: as the backend's post-processor does it.
+        add_bos: whether a text starts with the begin token, if there is one; default: as the backend's post-processor does it.
         model_max_length: number of ids that the checkpoint's training data was cut at; nothing is cut here.
 
     Raises ConfigError for a token that is not in the vocabulary and for post-processors that add anything but the begin token.
@@ -55,9 +55,7 @@ class FastTokenizer:
         self.bos_token_id, self.unk_token_id = ids.get("bos_token"), ids.get("unk_token")
         self.eos_token_id = ids["eos_token"]
         self.pad_token_id: int = ids.get("pad_token", ids.get("unk_token", self.eos_token_id))
-        self.add_bos = _adds_bos(backend, self.bos_token_id) if add_bos is None else add_bos
-        if self.add_bos and self.bos_token_id is None:
-            raise ConfigError("a text is to start with the begin token, but there is none", field="bos_token")
+        self.add_bos: bool = _adds_bos(backend, self.bos_token_id) if add_bos is None else add_bos and self.bos_token_id is not None
         added = backend.get_added_tokens_decoder()
         self.special_ids: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
         self.special_ids |= {text: ids[key] for key, text in self._texts.items() if text is not None}

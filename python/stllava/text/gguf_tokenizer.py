@@ -88,12 +88,13 @@ def from_gguf(file: GgufFile) -> AnyTokenizer | None:
 
 def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int], length: int) -> Tokenizer:
     scores = _numbers(file, "scores", len(tokens))
-    if boolean(file, _ROOT + "remove_extra_whitespaces", False) or "tokenizer.ggml.precompiled_charsmap" in file.metadata:
-        raise ConfigError(f"{file.path}: the tokenizer rewrites text before it is encoded, which is not implemented for LLaMA's", path=file.path,
-                          field=_ROOT + "remove_extra_whitespaces")
-    if not boolean(file, _ROOT + "add_bos_token", True):
-        raise ConfigError(f"{file.path}: {_ROOT}add_bos_token is false, which is not implemented for LLaMA's tokenizer", path=file.path,
-                          field=_ROOT + "add_bos_token")
+    for key, wanted in (("remove_extra_whitespaces", False), ("add_bos_token", True)):
+        if boolean(file, _ROOT + key, wanted) != wanted:
+            raise ConfigError(f"{file.path}: {_ROOT}{key} is {not wanted}, which is not implemented for LLaMA's tokenizer", path=file.path,
+                              field=_ROOT + key)
+    if _ROOT + "precompiled_charsmap" in file.metadata:
+        raise ConfigError(f"{file.path}: {_ROOT}precompiled_charsmap rewrites text, which is not implemented for LLaMA's tokenizer", path=file.path,
+                          field=_ROOT + "precompiled_charsmap")
     unk, bos, eos = (_token(file, key, tokens, default) for key, default in (("unknown", 0), ("bos", 1), ("eos", 2)))
     types = [UNKNOWN if i == unk else CONTROL if i in (bos, eos) else NORMAL if kind == UNKNOWN else kind for i, kind in enumerate(types)]
     model = SentencePieceModel(tokens, scores, types, tokens[unk], tokens[bos], tokens[eos], boolean(file, _ROOT + "add_space_prefix", True))
@@ -113,7 +114,7 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str], types: list[int], length:
     if len(vocabulary) != len(tokens):
         raise FormatError(f"{file.path}: {_ROOT}tokens: a token is there twice", path=file.path, field=_ROOT + "tokens")
     merges = [merge.split(" ") for merge in _strings(file, "merges")]
-    if bad := next((i for i, merge in enumerate(merges) if len(merge) != 2), None):
+    if (bad := next((i for i, merge in enumerate(merges) if len(merge) != 2), None)) is not None:
         raise FormatError(f"{file.path}: {_ROOT}merges: merge {bad} is {' '.join(merges[bad])[:80]!r}, want two tokens with a blank between",
                           path=file.path, field=_ROOT + "merges")
     added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": kind != USER_DEFINED}
