@@ -330,7 +330,7 @@ def test_settings_that_do_not_matter_may_be_there(written):
 
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("rope_freqs.weight", np.full(4, 8, np.float32), "rope_freqs.weight"), ("blk.0.attn_q.bias", np.zeros(48, np.float32), "blk.0.attn_q.bias"),
-    ("blk.0.ffn_gate_exps.weight", np.zeros((2, 4, 4), np.float32), "ffn_gate_exps"), ("blk.7.attn_norm.weight", np.ones(48, np.float32), "does not have")])
+    ("blk.0.ffn_gate_exps.weight", np.zeros((2, 4, 4), np.float32), "ffn_gate_exps"), ("blk.7.attn_norm.weight", np.ones(48, np.float32), "does not have"), ("blk.00.attn_norm.weight", np.ones(48, np.float32), "blk.00.attn_norm")])
 def test_tensors_that_change_the_maths_are_named(written, name, value, message):
     with pytest.raises((ConfigError, FormatError), match=message):
         read_gguf(rewritten(written, {}, tensors={name: value}))
@@ -348,7 +348,8 @@ def test_values_that_are_not_finite(written):
     ({"tokenizer.ggml.add_eos_token": True}, (), "add_eos_token"), ({"tokenizer.ggml.add_eos_token": 1}, (), "add_eos_token"),
     ({}, ("tokenizer.ggml.tokens",), "tokenizer.ggml.tokens is missing"), ({}, ("tokenizer.ggml.scores",), "tokenizer.ggml.scores"),
     ({"tokenizer.ggml.scores": np.full(560, np.nan, np.float32)}, (), "tokenizer.ggml.scores"), ({}, ("tokenizer.ggml.token_type",), "token_type"),
-    ({"tokenizer.ggml.eos_token_id": 560}, (), "tokenizer.ggml.eos_token_id"), ({"tokenizer.ggml.remove_extra_whitespaces": True}, (), "whitespaces"),
+    ({"tokenizer.ggml.eos_token_id": 560}, (), "tokenizer.ggml.eos_token_id"),
+    ({"tokenizer.ggml.token_type": np.full(560, -1, np.int32)}, (), "token_type holds -1"), ({"tokenizer.ggml.remove_extra_whitespaces": True}, (), "whitespaces"),
     ({"tokenizer.ggml.tokens": ["a"] * 560}, (), "tokenizer.ggml.tokens"), ({"tokenizer.ggml.tokens": [""] * 560}, (), "tokenizer.ggml.tokens"),
     ({"tokenizer.ggml.model": "gpt2"}, (), "tokenizer.ggml.pre is 'default'"), ({"tokenizer.ggml.model": "gpt2"}, ("tokenizer.ggml.pre",), "pre is 'None'"),
     ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}, (), "tokenizer.ggml.merges is missing"),

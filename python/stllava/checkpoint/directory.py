@@ -107,7 +107,7 @@ def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vi
     if base != path:
         _add_projector(checkpoint, path)
     _add_tower(checkpoint, [path, base], vision_tower)
-    check_complete(checkpoint, [path, base])
+    _check_complete(checkpoint, [path, base])
     if has_adapters:
         _add_adapters(checkpoint, path)
     if check_finite:
@@ -195,15 +195,18 @@ def _add_tower(checkpoint: Checkpoint, directories: list[Path], vision_tower: Pa
             checkpoint.add(file, names.from_tower)
 
 
-def check_complete(checkpoint: Checkpoint, directories: list[Path]) -> None:
-    """Names and shapes are those that the configuration asks for; FormatError otherwise. directories: where to look, for the message."""
-    expected = names.expected_shapes(checkpoint.config)
-    tensors, sources = checkpoint.tensors, checkpoint.sources
-    if unknown := [name for name in tensors if name not in expected]:
+def _check_complete(checkpoint: Checkpoint, directories: list[Path]) -> None:
+    check_shapes(checkpoint.config, {name: array.shape for name, array in checkpoint.tensors.items()}, checkpoint.sources, directories)
+
+
+def check_shapes(config: LlavaConfig, shapes: names.Shapes, sources: Mapping[str, Path], directories: list[Path]) -> None:
+    """Names and shapes are those that `config` asks for; FormatError otherwise. sources, directories: where they are from, for the message."""
+    expected = names.expected_shapes(config)
+    if unknown := [name for name in shapes if name not in expected]:
         raise FormatError(f"{sources[unknown[0]]}: {len(unknown)} tensors that this model does not have, first {unknown[0]} (the "
                           "configuration asks for another architecture, or the file belongs to another model)",
                           path=sources[unknown[0]], field=unknown[0])
-    missing = [name for name in expected if name not in tensors and not names.may_be_absent(name)]
+    missing = [name for name in expected if name not in shapes and not names.may_be_absent(name)]
     if missing:
         where = " and ".join(str(path) for path in dict.fromkeys(directories))
         hint = ""
@@ -213,9 +216,9 @@ def check_complete(checkpoint: Checkpoint, directories: list[Path]) -> None:
             hint = "; pass vision_tower=DIR"
         raise FormatError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}{hint}", path=directories[0],
                           field=missing[0])
-    for name, array in tensors.items():
-        if array.shape != expected[name]:
-            raise FormatError(f"{sources[name]}: {name} has shape {array.shape}, the configuration asks for {expected[name]}",
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise FormatError(f"{sources[name]}: {name} has shape {shape}, the configuration asks for {expected[name]}",
                               path=sources[name], field=name)
 
 
@@ -258,7 +261,7 @@ def write_full(directory: PathLike, config: LlavaConfig, tensors: Mapping[str, n
     """
     directory = _prepare(directory)
     checkpoint = Checkpoint(config, dict(tensors), sources=dict.fromkeys(tensors, directory))
-    check_complete(checkpoint, [directory])
+    _check_complete(checkpoint, [directory])
     values = config.to_dict() | {"torch_dtype": _TORCH_DTYPES[dtype_name(tensors["model.embed_tokens.weight"])]}
     write_weights(directory, tensors, shard_size, format)
     atomic.write_bytes(directory / CONFIG_FILE, strict_json.dump_object(values))

@@ -254,6 +254,8 @@ class _Header:
             block, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError) as error:
             raise self.fail(f"type {number} is unknown to the package gguf") from error
+        if kind.name[0] == "I" and kind.name[1:].isdigit():
+            raise self.fail(f"type {kind.name} holds integers, want weights")
         return kind.name.lower(), block, block_bytes
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from stllava.checkpoint import gguf_container, gguf_mmproj, names
-from stllava.checkpoint.directory import Checkpoint, check_complete, check_finite_values
+from stllava.checkpoint.directory import Checkpoint, check_finite_values, check_shapes
 from stllava.checkpoint.gguf_container import GgufFile, Value
 from stllava.checkpoint.gguf_metadata import check_architecture, check_neutral, integer, number, refuse_other_keys
-from stllava.checkpoint.tensor_file import FLOAT_DTYPES, NUMPY_DTYPES, Deferred, Tensor, as_dtype
+from stllava.checkpoint.tensor_file import NUMPY_DTYPES, Deferred, Tensor, as_dtype
 from stllava.config import LlavaConfig
 from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_LAYERS, MAX_WIDTH
@@ -67,40 +67,29 @@ def read_gguf(path: PathLike, mmproj: PathLike | None = None, *, check_finite: b
     """
     file = gguf_container.read(path)
     config = read_config(file)
-    vision = None if mmproj is None else gguf_container.read(mmproj)
-    if vision is not None:
-        config = gguf_mmproj.add_vision(config, vision)
     checkpoint = Checkpoint(config)
-    with _unpacking([file, *([] if vision is None else [vision])], show_progress) as array:
-        for name in file.tensors:
-            canonical = from_gguf(file, name)
-            if canonical is None:
-                checkpoint.ignored.append(f"{file.path}: {name}: recomputed, not a weight of this model")
-                continue
-            checkpoint.tensors[canonical] = reorder_rows(canonical, array(file, name), config, to_file=False)
-            checkpoint.sources[canonical] = file.path
-        if vision is not None:
-            for canonical, values in gguf_mmproj.tensors(config, vision, array):
-                checkpoint.tensors[canonical], checkpoint.sources[canonical] = values, vision.path
-    check_complete(checkpoint, [f.path for f in (file, vision) if f is not None])
+    places: dict[str, tuple[GgufFile, str]] = {}
+    for name in file.tensors:
+        canonical = from_gguf(file, name)
+        if canonical is None:
+            checkpoint.ignored.append(f"{file.path}: {name}: recomputed, not a weight of this model")
+        else:
+            places[canonical] = file, name
+    if mmproj is not None:
+        tower = gguf_container.read(mmproj)
+        config = checkpoint.config = gguf_mmproj.add_vision(config, tower)
+        places |= {canonical: (tower, name) for canonical, name in gguf_mmproj.canonical_names(config, tower)}
+    checkpoint.sources = {canonical: source.path for canonical, (source, _) in places.items()}
+    shapes = {canonical: source.tensors[name].shape for canonical, (source, name) in places.items()}
+    check_shapes(config, shapes, checkpoint.sources, [Path(path), *([] if mmproj is None else [Path(mmproj)])])
+    n_quantized = sum(source.tensors[name].is_quantized for source, name in places.values())
+    with progress_bar(n_quantized, label="unpacking", unit="tensor", show=show_progress and n_quantized > 0) as bar:
+        for canonical, (source, name) in places.items():
+            checkpoint.tensors[canonical] = reorder_rows(canonical, source.array(name), config, to_file=False)
+            bar.update(source.tensors[name].is_quantized)
     if check_finite:
         check_finite_values(checkpoint)
     return checkpoint
-
-
-@contextmanager
-def _unpacking(files: list[GgufFile], show: bool) -> Iterator[Callable[[GgufFile, str], np.ndarray]]:
-    """A function (file, name) -> values, with a bar that counts what has to be unpacked."""
-    n_quantized = sum(entry.is_quantized for file in files for entry in file.tensors.values())
-    with progress_bar(n_quantized, label="unpacking", unit="tensor", show=show and n_quantized > 0) as bar:
-        def array(file: GgufFile, name: str) -> np.ndarray:
-            if (kind := file.tensors[name].kind)[0] == "i" and kind[1:].isdigit():
-                raise FormatError(f"{file.path}: {name} has type {kind}, want one of {', '.join(FLOAT_DTYPES)} or a quantised one",
-                                  path=file.path, field=name)
-            values = file.array(name)
-            bar.update(file.tensors[name].is_quantized)
-            return values
-        yield array
 
 
 def read_config(file: GgufFile) -> LlavaConfig:
@@ -151,10 +140,10 @@ def from_gguf(file: GgufFile, name: str) -> str | None:
             raise ConfigError(f"{file.path}: {name}: factors of the rotation (rope scaling of LLaMA 3) are not implemented", path=file.path,
                               field=name)
         return None
-    match = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)\.weight", name)
+    match = re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight", name)
     if match is None or match[2] not in _IN_LAYER:
         raise ConfigError(f"{file.path}: tensor {name} is not one of a LLaMA decoder without biases and experts", path=file.path, field=name)
-    return f"model.layers.{int(match[1])}.{_IN_LAYER[match[2]]}.weight"
+    return f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.weight"
 
 
 def to_gguf(canonical: str) -> str:

@@ -71,13 +71,13 @@ def add_vision(config: LlavaConfig, file: GgufFile) -> LlavaConfig:
         raise ConfigError(f"{file.path}: {error}", path=file.path, field=error.field) from error
 
 
-def tensors(config: LlavaConfig, file: GgufFile, array: Callable[[GgufFile, str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """(canonical name, values) of everything in the file."""
+def canonical_names(config: LlavaConfig, file: GgufFile) -> Iterator[tuple[str, str]]:
+    """(canonical name, name in the file) of every tensor. Raises ConfigError for one that changes the maths."""
     assert config.vision is not None
     up = file.tensors.get("v.blk.0.ffn_up.weight")
     swapped = up is not None and up.shape[0] != config.vision.intermediate_size
     for name in file.tensors:
-        yield _canonical(file, name, swapped), array(file, name)
+        yield _canonical(file, name, swapped), name
 
 
 def _canonical(file: GgufFile, name: str, swapped: bool) -> str:
@@ -85,12 +85,12 @@ def _canonical(file: GgufFile, name: str, swapped: bool) -> str:
         return _TOWER + _OUTER[name]
     if match := re.fullmatch(r"mm\.([02])\.(weight|bias)", name):
         return f"{names.PROJECTOR}{match[1]}.{match[2]}"
-    match = re.fullmatch(r"v\.blk\.(\d{1,4})\.(\w+)\.(weight|bias)", name)
+    match = re.fullmatch(r"v\.blk\.(0|[1-9]\d{0,3})\.(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _IN_LAYER:
         raise ConfigError(f"{file.path}: tensor {name} is not one of a CLIP tower with an MLP of two layers", path=file.path, field=name)
     module = _IN_LAYER[match[2]]
     module = _OTHER_SPELLING.get(module, module) if swapped else module
-    return f"{_TOWER}encoder.layers.{int(match[1])}.{module}.{match[3]}"
+    return f"{_TOWER}encoder.layers.{match[1]}.{module}.{match[3]}"
 
 
 def _to_file(canonical: str) -> str:

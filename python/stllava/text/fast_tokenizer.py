@@ -202,20 +202,24 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     vocabulary, added = model.get("vocab"), values.get("added_tokens") or []
     if not isinstance(vocabulary, dict) or not isinstance(added, list) or len(added) > MAX_ADDED_TOKENS:
         raise FormatError(f"{path}: want a table model.vocab and at most {MAX_ADDED_TOKENS} added_tokens", path=path, field="model.vocab")
+    by_id: dict[int, str] = {}
+    for text, i in vocabulary.items():
+        _check_token(text, i, by_id, path)
     for token in added:
         if not isinstance(token, dict):
             raise FormatError(f"{path}: added_tokens holds {str(token)[:80]!r}, want objects", path=path, field="added_tokens")
-        _check_token(token.get("content"), token.get("id"), path)
-    for text, i in vocabulary.items():
-        _check_token(text, i, path)
+        _check_token(token.get("content"), token.get("id"), by_id, path)
     return build(data.decode("utf-8"), path)
 
 
-def _check_token(text: object, i: object, path: Path) -> None:
+def _check_token(text: object, i: object, by_id: dict[int, str], path: Path) -> None:
+    """by_id: tokens so far, to which this one is added."""
     if not isinstance(text, str) or not text or len(text.encode("utf-8", "surrogatepass")) > MAX_PIECE_BYTES or type(i) is not int \
             or not 0 <= i < MAX_VOCABULARY:
         raise FormatError(f"{path}: token {str(text)[:80]!r}: {str(i)[:80]}, want a text of 1 to {MAX_PIECE_BYTES} bytes and an id from 0 to "
                           f"{MAX_VOCABULARY - 1}", path=path, field=str(text)[:80])
+    if by_id.setdefault(i, text) != text:
+        raise FormatError(f"{path}: tokens {by_id[i][:80]!r} and {text[:80]!r} share the id {i}", path=path, field=text[:80])
 
 
 def _token_text(value: object, key: str, path: Path) -> str | None:

@@ -20,10 +20,11 @@ from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_PIECE_BYTES
 from stllava.text.fast_tokenizer import FastTokenizer, build
 from stllava.text.interface import AnyTokenizer
-from stllava.text.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
+from stllava.text.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
 from stllava.text.tokenizer import Tokenizer
 
 _ROOT = "tokenizer.ggml."
+_TYPES = range(NORMAL, BYTE + 1)
 _UNKNOWN_SCORE = -1e4  # of tokens that fill up a vocabulary: never a merge
 
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -80,6 +81,9 @@ def from_gguf(file: GgufFile) -> AnyTokenizer | None:
             raise FormatError(f"{file.path}: {_ROOT}tokens: token {i} is {token[:80]!r}, want 1 to {MAX_PIECE_BYTES} bytes", path=file.path,
                               field=_ROOT + "tokens")
     types = _numbers(file, "token_type", len(tokens))
+    if bad := [kind for kind in types if kind not in _TYPES]:
+        raise FormatError(f"{file.path}: {_ROOT}token_type holds {bad[0]}, want {_TYPES[0]} to {_TYPES[-1]}", path=file.path,
+                          field=_ROOT + "token_type")
     context = file.metadata.get("llama.context_length")
     length = context if type(context) is int and context > 0 else 2048
     make = _sentencepiece if model == "llama" else _byte_level_bpe
