@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
-from cases import REAL, ANSWER_TOKENS, CACHED, decode_prompt, real_pixels, real_questions
+from cases import ANSWER_TOKENS, CACHED, REAL, decode_prompt, real_pixels, real_questions
 from worker import serve
 
 import stllava_c
@@ -16,13 +16,13 @@ from stllava.model import LlavaModel
 
 def vit() -> Callable[[], float]:
     """The value is the root mean square of the features."""
-    model, pixels = LlavaModel.from_pretrained(REAL.directory, check_finite=False), real_pixels()
+    model, pixels = LlavaModel.from_pretrained(REAL.directory), real_pixels()
     return lambda: float(np.sqrt(np.mean(np.square(model.run.vision_forward(pixels)))))
 
 
 def decode() -> Callable[[], float]:
     """The value is the root mean square of the logits."""
-    whole = LlavaModel.from_pretrained(REAL.directory, check_finite=False)
+    whole = LlavaModel.from_pretrained(REAL.directory)
     config = whole.config.core_config()
     model = stllava_c.Model({"vision": None, "projector": None, "decoder": config["decoder"] | {"n_layers": 1}})
     for info in model.tensors():
@@ -39,7 +39,7 @@ def decode() -> Callable[[], float]:
 
 def questions() -> Callable[[], float]:
     """The value is the mean log-probability of the answers' first tokens."""
-    model, image = LlavaModel.from_pretrained(REAL.directory, check_finite=False), real_pixels()[0]
+    model, image = LlavaModel.from_pretrained(REAL.directory), real_pixels()[0]
     prompts = [[1, -200, *question.tolist()] for question in real_questions()]
 
     def step() -> float:

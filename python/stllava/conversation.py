@@ -21,7 +21,7 @@ from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.errors import ConfigError, StllavaError
 
 if TYPE_CHECKING:
-    from stllava.text.tokenizer import Tokenizer
+    from stllava.text.interface import AnyTokenizer
 
 
 class ConversationError(StllavaError, ValueError):
@@ -316,7 +316,7 @@ def as_template(template: str | Conversation) -> Conversation:
     return conv_templates[template] if isinstance(template, str) else template
 
 
-def check_template(template: str | Conversation, tokenizer: Tokenizer) -> None:
+def check_template(template: str | Conversation, tokenizer: AnyTokenizer) -> None:
     """Raise ConfigError when dialogues of `template` cannot be trained on or generated with `tokenizer`.
 
     Two things must hold: each end separator is one special token, and a tag such as "ASSISTANT:" has known pieces of

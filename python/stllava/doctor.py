@@ -13,7 +13,8 @@ from typing import Any
 __all__ = ["doctor", "main"]
 
 REQUIRED = ("numpy", "pillow", "sentencepiece", "tqdm", "rich")
-OPTIONAL = {"matplotlib": "demo", "jinja2": "demo", "pytest": "test", "hypothesis": "test", "safetensors": "test", "nltk": "test"}
+OPTIONAL = {"tokenizers": "tokenizers", "gguf": "gguf", "matplotlib": "demo", "jinja2": "demo", "pytest": "test", "hypothesis": "test",
+            "safetensors": "test", "nltk": "test"}
 
 
 def doctor() -> dict[str, Any]:

@@ -11,9 +11,9 @@ MAX_JSON_ITEMS = 200_000
 """Items of all lists and objects of a configuration, index or manifest file together: a parsed item takes up to 30 times its text."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""Header of a safetensors file, the format's own limit."""
+"""Header of a safetensors file, the format's own limit; also of a GGUF file."""
 MAX_STRING_CHARS = 16 * 2**20
-"""One value of a safetensors file's metadata."""
+"""One value of a safetensors or GGUF file's metadata."""
 MAX_TENSORS = 100_000
 """Tensors of a file; also entries of a torch zip archive. The largest public models have as many in all their files together."""
 MAX_SHARDS = 4096
@@ -21,6 +21,10 @@ MAX_SHARDS = 4096
 MAX_RANK = 8
 MAX_NAME_BYTES = 512
 """Name of a tensor, UTF-8."""
+MAX_GGUF_KEYS = 10_000
+"""Keys of a GGUF file's metadata; it has about 30."""
+MAX_GGUF_STRINGS = 2**20
+"""Strings in all arrays of a GGUF file's metadata together: the tokens of a vocabulary and its merges."""
 MAX_PICKLE_BYTES = 64 * 2**20
 """The table of tensors in a torch zip file."""
 
@@ -47,6 +51,10 @@ MAX_PIECE_BYTES = 1024
 MAX_ADDED_TOKENS = 1000
 MAX_TOKENIZER_BYTES = 16 * 2**20
 """The file tokenizer.model."""
+MAX_TOKENIZER_JSON_BYTES = 64 * 2**20
+"""The file tokenizer.json; that of a vocabulary of 256,000 has 33 MB."""
+MAX_TOKENIZER_JSON_ITEMS = 4 * 2**20
+"""Items in it: tokens, and merges of three each."""
 
 MAX_WIDTH = 2**20
 """Widths, vocabulary and positions in a model configuration."""

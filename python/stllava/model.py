@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
@@ -30,7 +31,7 @@ from .config import LlavaConfig
 from .config_hf import padded
 from .errors import ConfigError, FormatError, NumericsError
 from .images import ImageProcessor, Picture
-from .text.tokenizer import Tokenizer
+from .text.interface import AnyTokenizer, has_tokenizer, load_tokenizer
 from .tree import Sequence, TreeBatch, build_trees
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class LlavaModel:
         FormatError: missing, surplus or misshapen tensors (all of them are named).
     """
 
-    def __init__(self, config: LlavaConfig, tensors: Mapping[str, np.ndarray], *, dtype: Dtype = "f32", tokenizer: Tokenizer | None = None,
+    def __init__(self, config: LlavaConfig, tensors: Mapping[str, np.ndarray], *, dtype: Dtype = "f32", tokenizer: AnyTokenizer | None = None,
                  image_processor: ImageProcessor | None = None) -> None:
         if dtype not in NUMPY_DTYPE:
             raise ConfigError(f"dtype is {dtype!r}, supported: {', '.join(NUMPY_DTYPE)}", field="dtype")
@@ -76,28 +77,43 @@ class LlavaModel:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None, *, dtype: Dtype = "f32",
-                        vision_tower: str | os.PathLike[str] | None = None) -> Self:
-        """Reads a checkpoint directory: full (merged or sharded), or adapters on `model_base`.
+                        vision_tower: str | os.PathLike[str] | None = None, check_finite: bool | None = None) -> Self:
+        """Reads a checkpoint directory: full (merged or sharded), or adapters on `model_base`; or a .gguf file of llama.cpp.
 
         Args:
-            path: the directory. model_base: the base an adapter directory belongs to.
-            vision_tower: the tower's directory, where the checkpoint does not hold the tower and names one that is not here.
+            path: the directory or file. model_base: the base an adapter directory belongs to.
+            vision_tower: the tower's directory, where the checkpoint does not hold the tower and names one that is not here; for a .gguf file the
+                mmproj file, without which it is a decoder alone.
+            check_finite: look for NaN and Inf in every value; None: unless there are more than 2 GiB of them, which are mapped and read when used.
 
         Raises:
-            FormatError, ConfigError: naming file and key.
+            FormatError, ConfigError, NumericsError: naming file and key.
         """
+        if Path(path).suffix == ".gguf":
+            return cls._from_gguf(path, model_base, vision_tower, dtype, check_finite)
         path, model_base = current(path), None if model_base is None else current(model_base)
-        found = directory.read_checkpoint(path, model_base=model_base, vision_tower=vision_tower)
+        found = directory.read_checkpoint(path, model_base=model_base, vision_tower=vision_tower, check_finite=check_finite)
         for note in found.notes:
             warnings.warn(note, stacklevel=2)
-        where = next((Path(p) for p in (path, model_base) if p is not None and (Path(p) / "tokenizer.model").exists()), None)
+        where = next((p for p in (path, model_base) if p is not None and has_tokenizer(p)), None)
         tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and picture_settings(p) is not None), None)
-        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else Tokenizer.from_pretrained(where),
+        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else load_tokenizer(where),
                     image_processor=cls._processor(found.config, tower))
         for part, lora_config in zip(("llm", "vit"), found.lora_configs, strict=True):
             if lora_config is not None:
                 model.attach_lora(lora_config, {n: t for n, t in found.lora.items() if names.is_tower(n) == (part == "vit")}, part)
         return model
+
+    @classmethod
+    def _from_gguf(cls, path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None, mmproj: str | os.PathLike[str] | None,
+                   dtype: Dtype, check_finite: bool | None) -> Self:
+        from .checkpoint import gguf_file
+        from .text import gguf_tokenizer
+        if model_base is not None:
+            raise ConfigError(f"{path}: a GGUF file holds a whole model, but model_base {model_base} is given too; leave it out", path=path)
+        found = gguf_file.read_gguf(path, mmproj, check_finite=check_finite, show_progress=sys.stderr.isatty())
+        return cls(found.config, found.tensors, dtype=dtype, tokenizer=gguf_tokenizer.read_tokenizer(path),
+                   image_processor=cls._processor(found.config, None))
 
     @staticmethod
     def _processor(config: LlavaConfig, tower: Path | None) -> ImageProcessor | None:
@@ -168,10 +184,11 @@ class LlavaModel:
         return np.ascontiguousarray(array, NUMPY_DTYPE[self.dtype])
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> AnyTokenizer:
         """Raises ConfigError where the model was made without one (`has_tokenizer`)."""
         if self._tokenizer is None:
-            raise ConfigError("the model has no tokenizer; pass ids, or load it from a directory with tokenizer.model", field="tokenizer")
+            raise ConfigError("the model has no tokenizer; pass ids, or load it from a directory with tokenizer.model or tokenizer.json",
+                              field="tokenizer")
         return self._tokenizer
 
     @property

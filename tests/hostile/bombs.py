@@ -22,11 +22,13 @@ import formats
 import numpy as np
 from PIL import Image
 
-from stllava.checkpoint import atomic, index, safetensors_file, torch_zip
+from stllava.checkpoint import atomic, gguf_container, index, safetensors_file, torch_zip
+from stllava.checkpoint.gguf_file import read_gguf
 from stllava.config import LlavaConfig
 from stllava.data.records import read_records
 from stllava.images import load_image
 from stllava.limits import MAX_TENSORS
+from stllava.text import load_tokenizer
 from stllava.text.tokenizer import Tokenizer
 
 Bomb = Callable[[Path], Callable[[], Any]]
@@ -47,6 +49,89 @@ def written(path: Path, *parts: bytes) -> Path:
 
 def variants(**cases: Callable[[], Bomb]) -> None:
     BOMBS.update(cases)
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------------
+
+
+def u64(n: int) -> bytes:
+    return n.to_bytes(8, "little")
+
+
+def gguf_table(*, n_tensors: int = 0, n_keys: int = 0, version: int = 3, rest: bytes = b"") -> Bomb:
+    def make(folder: Path) -> Callable[[], Any]:
+        path = written(folder / "x.gguf", b"GGUF", struct.pack("<IQQ", version, n_tensors, n_keys), rest, bytes(64))
+        return lambda: gguf_container.read(path)
+    return make
+
+
+def gguf_key(kind: int, value: bytes) -> Bomb:
+    return gguf_table(n_keys=1, rest=u64(1) + b"k" + struct.pack("<I", kind) + value)
+
+
+def gguf_tensor(*sizes: int, kind: int = 0, offset: int = 0, name: bytes = b"t") -> Bomb:
+    return gguf_table(n_tensors=1, rest=u64(len(name)) + name + struct.pack("<I", len(sizes)) + b"".join(map(u64, sizes)) + struct.pack("<IQ", kind, offset))
+
+
+variants(
+    gguf_of_2_63_tensors=lambda: gguf_table(n_tensors=2**63),
+    gguf_of_2_63_keys=lambda: gguf_table(n_keys=2**63),
+    gguf_of_more_keys_than_bytes=lambda: gguf_table(n_keys=9000),
+    gguf_of_version_2_31=lambda: gguf_table(version=2**31),
+    gguf_big_endian=lambda: gguf_table(version=3 << 24),
+    gguf_key_of_an_unknown_type=lambda: gguf_key(77, u64(0)),
+    gguf_key_of_2_63_bytes=lambda: gguf_table(n_keys=1, rest=u64(2**63)),
+    gguf_string_of_2_62_bytes=lambda: gguf_key(8, u64(2**62)),
+    gguf_string_of_minus_one_bytes=lambda: gguf_key(8, u64(2**64 - 1)),
+    gguf_array_of_2_60_strings=lambda: gguf_key(9, struct.pack("<IQ", 8, 2**60)),
+    gguf_array_of_2_60_numbers=lambda: gguf_key(9, struct.pack("<IQ", 12, 2**60)),
+    gguf_arrays_in_arrays=lambda: gguf_key(9, struct.pack("<IQ", 9, 3) * 100),
+    gguf_array_of_strings_that_end_early=lambda: gguf_key(9, struct.pack("<IQ", 8, 5) + u64(2**64 - 8)),
+    gguf_tensor_of_2_64_values=lambda: gguf_tensor(2**16, 2**16, 2**16, 2**16),
+    gguf_tensor_of_no_values=lambda: gguf_tensor(2**62, 0),
+    gguf_tensor_of_2_31_dimensions=lambda: gguf_table(n_tensors=1, rest=u64(1) + b"t" + struct.pack("<I", 2**31)),
+    gguf_tensor_outside_the_file=lambda: gguf_tensor(2**30),
+    gguf_tensor_at_2_63=lambda: gguf_tensor(1, offset=2**63),
+    gguf_tensor_of_an_unknown_type=lambda: gguf_tensor(1, kind=4000),
+    gguf_tensor_of_a_removed_type=lambda: gguf_tensor(32, kind=4),
+    gguf_tensor_of_half_a_block=lambda: gguf_tensor(33, kind=8),
+    gguf_tensor_without_a_name=lambda: gguf_tensor(1, name=b""),
+    gguf_cut_in_its_magic=lambda: lambda folder: functools.partial(gguf_container.read, written(folder / "x.gguf", b"GG")),
+    gguf_that_is_none=lambda: lambda folder: functools.partial(gguf_container.read, written(folder / "x.gguf", b"PK\3\4" + bytes(100))),
+)
+
+
+@bomb
+def gguf_of_blocks_that_unpack_to_17_gb(folder: Path) -> Callable[[], Any]:
+    """A sparse file, and settings that ask for another shape: nothing is unpacked before the shapes are compared."""
+    keys = {b"block_count": 1, b"context_length": 8, b"embedding_length": 8, b"feed_forward_length": 8, b"attention.head_count": 1}
+    table = b"".join(u64(len(key) + 6) + b"llama." + key + struct.pack("<II", 4, value) for key, value in keys.items())
+    path, epsilon = folder / "x.gguf", b"llama.attention.layer_norm_rms_epsilon"
+    table += u64(len(epsilon)) + epsilon + struct.pack("<If", 6, 1e-5)
+    arch = u64(20) + b"general.architecture" + struct.pack("<I", 8) + u64(5) + b"llama"
+    name = b"token_embd.weight"
+    info = u64(len(name)) + name + struct.pack("<IQQIQ", 2, 4096, 2**20, 19, 0)  # IQ1_S: 50 bytes for 256 values
+    written(path, b"GGUF", struct.pack("<IQQ", 3, 1, len(keys) + 2), arch, table, info)
+    with open(path, "r+b") as file:
+        file.truncate(4096 + 2**24 * 50)
+    return lambda: read_gguf(path)
+
+
+def tokenizer_json(text: bytes) -> Bomb:
+    def make(folder: Path) -> Callable[[], Any]:
+        written(folder / "tokenizer.json", text)
+        written(folder / "tokenizer_config.json", b'{"eos_token": "a"}')
+        return lambda: load_tokenizer(folder)
+    return make
+
+
+variants(
+    tokenizer_json_of_65_mb=lambda: tokenizer_json(b" " * (65 << 20)),
+    tokenizer_json_of_100_000_levels=lambda: tokenizer_json(b'{"model":' * 100_000),
+    tokenizer_json_of_5_million_items=lambda: tokenizer_json(b'{"model":{"type":"BPE","vocab":{},"merges":[' + b"[]," * (5 << 20)),
+    tokenizer_json_with_a_token_of_1_mb=lambda: tokenizer_json(b'{"model":{"type":"BPE","merges":[],"vocab":{"' + b"a" * (1 << 20) + b'":0}}}'),
+    tokenizer_json_with_an_id_of_2_40=lambda: tokenizer_json(b'{"model":{"type":"BPE","merges":[],"vocab":{"a":1099511627776}}}'),
+)
 
 
 # ---- zip archives and pickles ----------------------------------------------------------------------------------------------

@@ -27,15 +27,19 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "pyt
 import mutate
 import tiny
 
-from stllava.checkpoint import atomic
+from stllava.checkpoint import atomic, gguf_container
+from stllava.checkpoint.directory import Checkpoint
+from stllava.checkpoint.gguf_file import write_gguf
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data.dpo import DPODataset
 from stllava.data.sft import SFTDataset
 from stllava.demo.base import fresh_weights
 from stllava.images import ImageProcessor, load_image
 from stllava.model import LlavaModel
+from stllava.text import AnyTokenizer, load_tokenizer
 from stllava.text.tokenizer import Tokenizer
 
+RECORDED = Path(__file__).parents[1] / "python" / "recorded"
 VISION = tiny.VISION | {"image_size": 14, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
 
 
@@ -99,11 +103,21 @@ def _safetensors(path: Path) -> str:
 
 
 def _tokenizer(path: Path) -> Any:
-    tokenizer = Tokenizer.from_pretrained(path.parent)
+    return _encoded(load_tokenizer(path.parent))
+
+
+def _encoded(tokenizer: AnyTokenizer) -> Any:
     texts = ["Is it large? Yes.", " a  b\n\tc", "<image></s><s>", "\N{SNOWMAN}\N{GRINNING FACE}", "x" * 50]
     ids = [tokenizer.encode(text, parse_special=special) for text in texts for special in (True, False)]
     assert all(0 <= i < tokenizer.vocab_size for row in ids for i in row)
     return ids, [tokenizer.decode(row, skip) for row in ids for skip in (True, False)]
+
+
+def _gguf(path: Path) -> Any:
+    """Reads a file, with the tower that lies beside it, and computes and encodes with it."""
+    model = LlavaModel.from_pretrained(path, vision_tower=path.with_name("mmproj.gguf"))
+    logits = model.logits([1, -200, 3], [np.zeros((3, 14, 14), np.float32)])
+    return digest(*(array for _, array in model.named_parameters()), logits), _encoded(model.tokenizer) if model.has_tokenizer else None
 
 
 def _picture(path: Path) -> str:
@@ -158,6 +172,12 @@ def build(name: str, folder: Path) -> Format:
         return Format("proto" if name == "tokenizer.model" else "json", {path: path.read_bytes()}, _tokenizer)
     if name in ("sft", "dpo"):
         return _data(name, folder)
+    if name == "tokenizer.json":
+        case = json.loads((RECORDED / "fast_tokenizer.json").read_text())["cases"]["byte_level"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(case["config"]))
+        return Format("json", {folder / name: json.dumps(case["tokenizer"]).encode()}, _tokenizer)
+    if name in ("gguf", "mmproj"):
+        return _gguf_files(folder, name)
     model = small_model()
     if name == "adapter_config":
         model.save_pretrained(folder / "base")
@@ -196,8 +216,35 @@ def _data(name: str, folder: Path) -> Format:
     return Format("json", {folder / "data.json": json.dumps(records, indent=1).encode(), folder / "data.jsonl": lines}, read)
 
 
+def _gguf_files(folder: Path, name: str) -> Format:
+    """Decoder and tower; the decoder also with a byte-level vocabulary and blocks of 8 bits."""
+    import gguf
+    small = tiny.config(560, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64,
+                        mm_hidden_size=8, mm_projector_type="mlp2x_gelu", mm_vision_config=VISION)
+    plain, mmproj, blocks = (folder / file_name for file_name in ("plain.gguf", "mmproj.gguf", "blocks.gguf"))
+    write_gguf(plain, Checkpoint(small, fresh_weights(small, 0)), Tokenizer(RECORDED / "small_tokenizer.model"), mmproj=mmproj)
+    file = gguf_container.read(plain)
+    tokens = ["is", *(f"<{i}>" for i in range(303))] + [chr(0x100 + i) if i < 33 else chr(i) for i in range(256)]
+    rewritten = file.metadata | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["i s"]}
+    writer = gguf.GGUFWriter(blocks, "llama")
+    for key, value in rewritten.items():
+        if key not in ("general.architecture", "tokenizer.ggml.scores"):
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_array)
+            add(key, value.tolist() if isinstance(value, np.ndarray) else value)
+    for key in file.tensors:
+        kind = gguf.GGMLQuantizationType.Q8_0 if file.array(key).ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(key, gguf.quantize(file.array(key).astype(np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if name == "mmproj":
+        return Format("gguf", {mmproj: mmproj.read_bytes()}, lambda _: _gguf(plain))
+    return Format("gguf", {path: path.read_bytes() for path in (plain, blocks)}, _gguf)
+
+
 FORMATS = ("safetensors", "index", "torch", "adapter_config", "config", "manifest", "tokenizer.model", "tokenizer_config", "added_tokens", "preprocessor",
-           "sft", "dpo", "jpeg", "png", "bmp")
+           "sft", "dpo", "jpeg", "png", "bmp", "gguf", "mmproj", "tokenizer.json")
 
 
 def variant(name: str, format_: Format, case: int) -> tuple[Path, bytes]:

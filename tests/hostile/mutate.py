@@ -20,7 +20,7 @@ EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 
 
 
 def mutate(kind: str, data: bytes, rng: random.Random) -> bytes:
-    """One to three changes to `data`; kind: json, safetensors, zip, proto, png, jpeg or bmp."""
+    """One to three changes to `data`; kind: json, safetensors, zip, proto, png, jpeg, bmp or gguf."""
     for _ in range(rng.choice((1, 1, 2, 3))):
         inside = _STRUCTURED.get(kind)
         if inside is not None and rng.random() < 0.5:
@@ -327,5 +327,54 @@ def _change_bmp(data: bytes, rng: random.Random) -> bytes:
     return data[:at] + value.to_bytes(size, "little") + data[at + size:]
 
 
+def _gguf_numbers(data: bytes) -> list[tuple[int, int]]:
+    """(place, bytes) of every number in the table of a GGUF file: counts, types, lengths, values, sizes, offsets."""
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    at, found = 4, []
+
+    def number(size: int) -> int:
+        nonlocal at
+        found.append((at, size))
+        at += size
+        return int.from_bytes(data[at - size:at], "little")
+
+    def text() -> None:
+        nonlocal at
+        n = number(8)
+        at += n
+
+    def value(kind: int) -> None:
+        if kind == 8:
+            text()
+        elif kind == 9:
+            inner, n = number(4), number(8)
+            for _ in range(min(n, len(data))):
+                value(inner)
+        else:
+            number(sizes[kind])
+
+    number(4)
+    n_tensors, n_keys = number(8), number(8)
+    for _ in range(min(n_keys, 1000)):
+        text()
+        value(number(4))
+    for _ in range(min(n_tensors, 1000)):
+        text()
+        for _ in range(min(number(4), 8)):
+            number(8)
+        number(4)
+        number(8)
+    return found
+
+
+def _change_gguf(data: bytes, rng: random.Random) -> bytes:
+    """One number of the table; the vocabulary has most of them, so those outside it come as often."""
+    numbers = _gguf_numbers(data)
+    at, size = rng.choice(rng.choice((numbers, numbers[:60], numbers[-80:])))
+    old = int.from_bytes(data[at:at + size], "little")
+    value = rng.choice((*EXTREMES, 2, 3, 8, 9, 10, 13, 30, old + 1, old - 1, old * 2, rng.randrange(2**16))) % 2**(8 * size)
+    return data[:at] + value.to_bytes(size, "little") + data[at + size:]
+
+
 _STRUCTURED: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "json": change_json, "safetensors": _change_safetensors, "zip": _change_zip, "proto": change_proto, "png": _change_png, "jpeg": _change_jpeg, "bmp": _change_bmp}
+    "json": change_json, "safetensors": _change_safetensors, "zip": _change_zip, "proto": change_proto, "png": _change_png, "jpeg": _change_jpeg, "bmp": _change_bmp, "gguf": _change_gguf}

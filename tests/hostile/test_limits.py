@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 
 from stllava import limits
-from stllava.checkpoint import index, safetensors_file, strict_json, torch_zip
+from stllava.checkpoint import gguf_container, index, safetensors_file, strict_json, torch_zip
 from stllava.checkpoint.peft import LoraConfig
 from stllava.config import LlavaConfig
 from stllava.data.records import read_records
 from stllava.errors import StllavaError
 from stllava.images import load_image
+from stllava.text import load_tokenizer
 from stllava.text.tokenizer import Tokenizer
 
 Try = Callable[[Path, int], object]
@@ -126,6 +127,34 @@ def zip_of_pickle(folder: Path, n_bytes: int) -> object:
     return torch_zip.load(folder / "x.bin")
 
 
+def gguf(folder: Path, keys: dict[str, gguf_container.Value], names: tuple[str, ...] = ("t",)) -> object:
+    gguf_container.write(folder / "x.gguf", keys, {name: np.zeros(1, np.float32) for name in names})
+    return gguf_container.read(folder / "x.gguf")
+
+
+def gguf_of_tensors(folder: Path, n: int) -> object:
+    return gguf(folder, {}, tuple(f"{i}" for i in range(n)))
+
+
+def gguf_of_header(folder: Path, n_bytes: int) -> object:
+    """The header ends where the last tensor's offset does."""
+    rest = 24 + (8 + 1 + 4 + 8) + (8 + 1 + 4 + 8 + 4 + 8)
+    return gguf(folder, {"k": "a" * (n_bytes - rest)})
+
+
+def tokenizer_json(folder: Path, *, n_items: int = 0, n_bytes: int = 0, n_tokens: int = 2, length: int = 1, n_added: int = 0) -> object:
+    vocabulary = {"a" * length: 0} | {f"<{i}>": i for i in range(1, n_tokens)}
+    added = [{"id": n_tokens + i, "content": f"[{i}]", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} for i in range(n_added)]
+    values = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+              "decoder": None, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
+    text = json.dumps(values, separators=(",", ":")).encode()
+    if n_items:  # one comma for each further token
+        return tokenizer_json(folder, n_tokens=n_tokens + n_items - strict_json.n_items(text))
+    (folder / "tokenizer.json").write_bytes(text.ljust(n_bytes))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a" * length}))
+    return load_tokenizer(folder)
+
+
 def config(**values: object) -> object:
     return LlavaConfig.from_dict({"hidden_size": 64, "num_attention_heads": 4, **values})
 
@@ -141,6 +170,10 @@ LIMITS: dict[str, tuple[Try, tuple[str, int] | None]] = {
     "MAX_SHARDS": (shards, ("checkpoint.index", 5)),
     "MAX_RANK": (lambda folder, n: weights(folder, tensors(1, shape=(0,) * n)), None),
     "MAX_NAME_BYTES": (lambda folder, n: weights(folder, tensors(1, name="é" * (n // 2) + "e" * (n % 2))), None),
+    "MAX_GGUF_KEYS": (lambda folder, n: gguf(folder, {f"{i}": i for i in range(n)}), None),
+    "MAX_GGUF_STRINGS": (lambda folder, n: gguf(folder, {"a": ["x"] * (n // 2), "b": [""] * (n - n // 2)}), ("checkpoint.gguf_container", 1000)),
+    "MAX_TOKENIZER_JSON_BYTES": (lambda folder, n: tokenizer_json(folder, n_bytes=n), ("text.fast_tokenizer", 1000)),
+    "MAX_TOKENIZER_JSON_ITEMS": (lambda folder, n: tokenizer_json(folder, n_items=n), ("text.fast_tokenizer", 200)),
     "MAX_PICKLE_BYTES": (zip_of_pickle, ("checkpoint.torch_zip", 300)),
     "MAX_DATA_BYTES": (lines, ("data.records", 1000)),
     "MAX_ROW_CHARS": (rows, None),
@@ -157,6 +190,16 @@ LIMITS: dict[str, tuple[Try, tuple[str, int] | None]] = {
     "MAX_LAYERS": (lambda folder, n: config(num_hidden_layers=n), None),
     "MAX_LORA_RANK": (lambda folder, n: (LoraConfig(r=n), LoraConfig(rank_pattern={"q_proj": n})), None),
 }
+# the same limits in the readers of GGUF and tokenizer.json
+ALSO: dict[str, tuple[Try, tuple[str, int] | None]] = {
+    "MAX_HEADER_BYTES": (gguf_of_header, ("checkpoint.gguf_container", 1000)),
+    "MAX_STRING_CHARS": (lambda folder, n: gguf(folder, {"k": "a" * n}), None),
+    "MAX_TENSORS": (gguf_of_tensors, ("checkpoint.gguf_container", 10)),
+    "MAX_NAME_BYTES": (lambda folder, n: gguf(folder, {}, ("x" * n,)), None),
+    "MAX_VOCABULARY": (lambda folder, n: tokenizer_json(folder, n_tokens=n), ("text.fast_tokenizer", 300)),
+    "MAX_PIECE_BYTES": (lambda folder, n: tokenizer_json(folder, length=n), None),
+    "MAX_ADDED_TOKENS": (lambda folder, n: tokenizer_json(folder, n_added=n), None),
+}
 TESTED_BELOW = {"MAX_NUMBER", "MAX_PLAIN_PIXELS", "MAX_PIXELS_PER_BYTE"}
 
 
@@ -164,9 +207,9 @@ def test_every_limit_is_here() -> None:
     assert {name for name in vars(limits) if name.startswith("MAX_")} == set(LIMITS) | TESTED_BELOW
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    attempt, lowered = LIMITS[name]
+@pytest.mark.parametrize(("name", "table"), [(name, table) for table in (LIMITS, ALSO) for name in table])
+def test_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, table: dict[str, tuple[Try, tuple[str, int] | None]]) -> None:
+    attempt, lowered = table[name]
     limit = getattr(limits, name)
     if lowered is not None:
         module, limit = lowered

@@ -38,6 +38,7 @@ from stllava.errors import ConfigError, FormatError, NumericsError
 
 NON_LORA = "non_lora_trainables"
 PROJECTOR_ONLY = "mm_projector"
+CHECKED_BYTES = 2 * 2**30
 PathLike = str | os.PathLike[str]
 Layout = Literal["llava", "hf"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -84,7 +85,7 @@ class Checkpoint:
 
 
 def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vision_tower: PathLike | None = None, *,
-                    check_finite: bool = True) -> Checkpoint:
+                    check_finite: bool | None = None) -> Checkpoint:
     """Read a checkpoint of any form.
 
     Args:
@@ -94,7 +95,8 @@ def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vi
         vision_tower: directory of a CLIP tower, whose weights replace those inside the checkpoint; or a `config.json`,
             which only gives the geometry. Default: the checkpoint's own tower, else the directory its configuration
             names. Nothing is downloaded.
-        check_finite: look at every value; NaN or infinite ones are an error.
+        check_finite: look at every value; NaN or infinite ones are an error. None: where they are together at most CHECKED_BYTES; of more, the first
+            look would read the disk for as long as a copy, and a pass that meets such a value says so.
 
     Raises ConfigError, FormatError or NumericsError naming the file and the key; OSError from the system.
     """
@@ -117,12 +119,11 @@ def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vi
     if base != path:
         _add_projector(checkpoint, path)
     _add_tower(checkpoint, [path, base], vision_tower)
-    _check_complete(checkpoint.config, checkpoint.tensors, checkpoint.sources, [path, base])
+    check_shapes(checkpoint.config, shapes_of(checkpoint.tensors), checkpoint.sources, [path, base])
     if has_adapters:
         _add_adapters(checkpoint, path)
         _note_another_base(checkpoint, path, base)
-    if check_finite:
-        _check_finite(checkpoint)
+    check_finite_values(checkpoint, check_finite)
     return checkpoint
 
 
@@ -213,13 +214,18 @@ def _add_tower(checkpoint: Checkpoint, directories: list[Path], vision_tower: Pa
             checkpoint.add(file, names.from_tower)
 
 
-def _check_complete(config: LlavaConfig, tensors: Mapping[str, Tensor], sources: Mapping[str, Path], directories: list[Path]) -> None:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def check_shapes(config: LlavaConfig, shapes: names.Shapes, sources: Mapping[str, Path], directories: list[Path]) -> None:
+    """Names and shapes are those that `config` asks for; FormatError otherwise. sources, directories: where they are from, for the message."""
     expected = names.expected_shapes(config)
-    if unknown := [name for name in tensors if name not in expected]:
+    if unknown := [name for name in shapes if name not in expected]:
         raise FormatError(f"{sources[unknown[0]]}: {len(unknown)} tensors that this model does not have, first {unknown[0]} (the "
                           "configuration asks for another architecture, or the file belongs to another model)",
                           path=sources[unknown[0]], field=unknown[0])
-    missing = [name for name in expected if name not in tensors and not names.may_be_absent(name)]
+    missing = [name for name in expected if name not in shapes and not names.may_be_absent(name)]
     if missing:
         where = " and ".join(str(path) for path in dict.fromkeys(directories))
         hint = ""
@@ -229,9 +235,9 @@ def _check_complete(config: LlavaConfig, tensors: Mapping[str, Tensor], sources:
             hint = "; pass vision_tower=DIR"
         raise FormatError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}{hint}", path=directories[0],
                           field=missing[0])
-    for name, array in tensors.items():
-        if array.shape != expected[name]:
-            raise FormatError(f"{sources[name]}: {name} has shape {array.shape}, the configuration asks for {expected[name]}",
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise FormatError(f"{sources[name]}: {name} has shape {shape}, the configuration asks for {expected[name]}",
                               path=sources[name], field=name)
 
 
@@ -272,7 +278,12 @@ def _replace(checkpoint: Checkpoint, name: str, array: np.ndarray, adapter: Adap
     checkpoint.tensors[name], checkpoint.sources[name] = array, adapter.path
 
 
-def _check_finite(checkpoint: Checkpoint) -> None:
+def check_finite_values(checkpoint: Checkpoint, wanted: bool | None) -> None:
+    """wanted: as `check_finite` of `read_checkpoint`."""
+    if wanted is None:
+        wanted = sum(array.nbytes for array in (checkpoint.tensors | checkpoint.lora).values()) <= CHECKED_BYTES
+    if not wanted:
+        return
     for name, array in (checkpoint.tensors | checkpoint.lora).items():
         if n := count_nonfinite(array):
             source = checkpoint.sources[name]
@@ -291,7 +302,7 @@ def write_full(directory: PathLike, config: LlavaConfig, tensors: Mapping[str, T
     if layout not in LAYOUTS:
         raise ConfigError(f"layout {layout!r}: want one of {', '.join(LAYOUTS)}", field="layout")
     directory = _prepare(directory)
-    _check_complete(config, tensors, dict.fromkeys(tensors, directory), [directory])
+    check_shapes(config, shapes_of(tensors), dict.fromkeys(tensors, directory), [directory])
     dtype = _TORCH_DTYPES[dtype_name(tensors["model.embed_tokens.weight"])]
     if layout == "hf":
         config = config_hf.padded(config)

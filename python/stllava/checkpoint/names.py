@@ -44,6 +44,7 @@ _BUFFER_ENDINGS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 _CLIP_TEXT_PREFIXES = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 # In the state dictionary, but never used by the forward pass: loaded and saved, and allowed to be absent.
 _UNUSED = (PROJECTOR + "ln_1.weight", PROJECTOR + "ln_1.bias")
+_UNUSED_BY_LLAVA = tuple(f"{TOWER}vision_model.post_layernorm.{kind}" for kind in ("weight", "bias"))  # llama.cpp's files leave it out
 
 
 def decoder_linears(config: LlavaConfig) -> Shapes:
@@ -131,7 +132,7 @@ def expected_shapes(config: LlavaConfig) -> Shapes:
 
 def may_be_absent(name: str) -> bool:
     """True for canonical tensors that exist in files but influence nothing."""
-    return name in _UNUSED
+    return name in _UNUSED or name in _UNUSED_BY_LLAVA
 
 
 def is_tower(name: str) -> bool:

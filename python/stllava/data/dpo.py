@@ -11,8 +11,8 @@ import numpy as np
 from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from stllava.conversation import ConversationError, as_template
 from stllava.images import ImageError, ImageProcessor
+from stllava.text.interface import AnyTokenizer
 from stllava.text.labels import Sample, build_sample
-from stllava.text.tokenizer import Tokenizer
 from stllava.tree import Sequence
 
 from .pictures import Pictures
@@ -44,7 +44,7 @@ class DPODataset:
     Args as :class:`stllava.data.sft.SFTDataset`; questions are never switched to the virtual user, whatever the template (spec D16).
     """
 
-    def __init__(self, data: str | Path | Iterable[dict[str, Any]], tokenizer: Tokenizer, image_processor: ImageProcessor, *,
+    def __init__(self, data: str | Path | Iterable[dict[str, Any]], tokenizer: AnyTokenizer, image_processor: ImageProcessor, *,
                  image_folder: str | Path | None = None, template: str = "v1", max_length: int | None = 2048, tokens_per_image: int,
                  on_bad_sample: str = "error") -> None:
         self.tokenizer, self.template = tokenizer, as_template(template)

@@ -11,8 +11,8 @@ import numpy as np
 from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from stllava.conversation import ConversationError, as_template
 from stllava.images import ImageError, ImageProcessor
+from stllava.text.interface import AnyTokenizer
 from stllava.text.labels import Sample, build_sample, draw_switches
-from stllava.text.tokenizer import Tokenizer
 from stllava.tree import Sequence
 
 from .pictures import Pictures
@@ -45,7 +45,7 @@ class SFTDataset:
         DataError, FormatError.
     """
 
-    def __init__(self, data: str | Path | Iterable[dict[str, Any]], tokenizer: Tokenizer, image_processor: ImageProcessor, *,
+    def __init__(self, data: str | Path | Iterable[dict[str, Any]], tokenizer: AnyTokenizer, image_processor: ImageProcessor, *,
                  image_folder: str | Path | None = None, template: str = "v1_sq", sq_r: float = 0.5, seed: int = 42,
                  max_length: int | None = 2048, tokens_per_image: int, on_bad_sample: str = "error", group_by_image: bool = False) -> None:
         self.tokenizer, self.template = tokenizer, as_template(template)

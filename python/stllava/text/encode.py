@@ -14,27 +14,27 @@ import numpy as np
 
 from stllava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from stllava.conversation import Conversation, ConversationError, Segment
-from stllava.text.tokenizer import Tokenizer
+from stllava.text.interface import AnyTokenizer
 
 
 @overload
-def tokenizer_image_token(prompt: str, tokenizer: Tokenizer, image_token_index: int = ..., return_tensors: None = None) -> list[int]: ...
+def tokenizer_image_token(prompt: str, tokenizer: AnyTokenizer, image_token_index: int = ..., return_tensors: None = None) -> list[int]: ...
 @overload
-def tokenizer_image_token(prompt: str, tokenizer: Tokenizer, image_token_index: int = ..., *, return_tensors: Literal["np"]) -> np.ndarray: ...
+def tokenizer_image_token(prompt: str, tokenizer: AnyTokenizer, image_token_index: int = ..., *, return_tensors: Literal["np"]) -> np.ndarray: ...
 def tokenizer_image_token(
     prompt: str,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | np.ndarray:
-    """Ids of `prompt` with one `image_token_index` for every "<image>"; starts with the begin-of-sequence id.
+    """Ids of `prompt` with one `image_token_index` for every "<image>"; starts with the begin-of-sequence id, where the model has one.
 
     Each stretch between images is tokenised on its own. return_tensors: None for a list, "np" for int64 (n,).
     Source: `llava/mm_utils.py`, function of the same name.
     """
     if return_tensors not in (None, "np"):
         raise ValueError(f"return_tensors={return_tensors!r} is not supported, want None or 'np'")
-    ids = [tokenizer.bos_token_id]
+    ids = tokenizer.encode("")
     for i, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
         if i > 0:
             ids.append(image_token_index)
@@ -57,7 +57,7 @@ class EncodedSegments:
 
 
 def encode_segments(
-    segments: Sequence[Segment], tokenizer: Tokenizer, image_token_index: int = IMAGE_TOKEN_INDEX
+    segments: Sequence[Segment], tokenizer: AnyTokenizer, image_token_index: int = IMAGE_TOKEN_INDEX
 ) -> EncodedSegments:
     """Ids of a rendered dialogue; special segments become their id, "<image>" in somebody's words an image.
 
@@ -65,7 +65,8 @@ def encode_segments(
     segment in which it begins.
     """
     encoded = EncodedSegments()
-    encoded.append(tokenizer.bos_token_id)
+    for token_id in tokenizer.encode(""):
+        encoded.append(token_id)
     run: list[Segment] = []
     after_special = False
 
@@ -94,7 +95,7 @@ def encode_segments(
     return encoded
 
 
-def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, n_images: int | None = None) -> list[int]:
+def encode_conversation(conversation: Conversation, tokenizer: AnyTokenizer, n_images: int | None = None) -> list[int]:
     """Ids of the prompt that asks the model for its next turn (`conversation.segments()`).
 
     n_images: when given, the number of "<image>" markers that must be there; ConversationError otherwise.

@@ -16,7 +16,7 @@ from stllava.checkpoint.strict_json import is_text
 from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from stllava.conversation import Conversation, ConversationError, as_template
 from stllava.text.encode import encode_segments
-from stllava.text.tokenizer import Tokenizer
+from stllava.text.interface import AnyTokenizer
 
 Turn = Mapping[str, Any]
 """One turn of a data file: {"from": "human" | "gpt", "value": text}."""
@@ -66,7 +66,7 @@ def preprocess_multimodal(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def build_sample(
     conversation_turns: Sequence[Turn],
     template: str | Conversation,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     *,
     has_image: bool,
     switched: Collection[int] = frozenset(),

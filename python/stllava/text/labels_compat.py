@@ -16,15 +16,15 @@ from stllava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from stllava.conversation import Conversation, ConversationError, SeparatorStyle, as_template
 from stllava.errors import ConfigError
 from stllava.text.encode import tokenizer_image_token
+from stllava.text.interface import AnyTokenizer
 from stllava.text.labels import Turn, preprocess_multimodal, switches_from_draws
-from stllava.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
     """How the original tokenises a whole prompt and measures parts of it; both depend on there being an image."""
 
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     has_image: bool
     max_length: int
 
@@ -43,7 +43,7 @@ class _Text:
 def preprocess_compat(
     sources: Sequence[Turn],
     template: str | Conversation,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     has_image: bool,
     *,
     sq_r: float = 0.5,
@@ -165,7 +165,7 @@ def _mask_virtual_user(template: Conversation, text: _Text) -> Callable[[str], i
     return count
 
 
-def _preprocess_plain(turns: Sequence[Turn], template: Conversation, tokenizer: Tokenizer) -> dict[str, Any]:
+def _preprocess_plain(turns: Sequence[Turn], template: Conversation, tokenizer: AnyTokenizer) -> dict[str, Any]:
     conversation = template.copy()
     for i, turn in enumerate(turns):
         conversation.append_message(template.roles[i % 2], turn["value"])

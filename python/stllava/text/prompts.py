@@ -5,7 +5,7 @@ from __future__ import annotations
 from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.conversation import Conversation
 from stllava.text.encode import encode_conversation
-from stllava.text.tokenizer import Tokenizer
+from stllava.text.interface import AnyTokenizer
 
 __all__ = ["dialogue_about_image", "dialogue_without_image", "open_turn"]
 
@@ -24,7 +24,7 @@ def dialogue_without_image(template: Conversation, question: str) -> Conversatio
     return dialogue
 
 
-def open_turn(dialogue: Conversation, role: str, tokenizer: Tokenizer, n_images: int = 1) -> list[int]:
+def open_turn(dialogue: Conversation, role: str, tokenizer: AnyTokenizer, n_images: int = 1) -> list[int]:
     """Ids of the dialogue so far, which shows `n_images`, with an open turn of `role`; the dialogue itself stays as it is."""
     waiting = dialogue.copy()
     waiting.append_message(role, None)

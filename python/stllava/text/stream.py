@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stllava.text.tokenizer import Tokenizer
+    from stllava.text.interface import AnyTokenizer
 
 __all__ = ["TextStream"]
 
@@ -23,7 +23,7 @@ class TextStream:
     Only the last tokens are decoded again for each new one: their text may depend on each other, that of older ones does not.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, stop: Iterable[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._silent = frozenset(tokenizer.special_ids.values())
         self._stop = [word for word in stop if word]

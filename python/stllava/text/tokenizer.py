@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import sentencepiece
 
 _UNDERLINE = "\u2581"
-_MODEL_FILE, _CONFIG_FILE, _ADDED_FILE = "tokenizer.model", "tokenizer_config.json", "added_tokens.json"
+MODEL_FILE, CONFIG_FILE, _ADDED_FILE = "tokenizer.model", "tokenizer_config.json", "added_tokens.json"
 
 
 class Tokenizer:
     """Text <-> ids.
 
     Args:
-        model_file: SentencePiece model (`tokenizer.model`).
+        model_file: SentencePiece model (`tokenizer.model`), or the bytes of one.
         legacy: see the module text; `tokenizer_config.json` says which one a checkpoint wants, absent means True.
         model_max_length: number of ids that the checkpoint's training data was cut at; nothing is cut here.
         added_tokens: further special tokens and their ids, as in `added_tokens.json`.
@@ -40,16 +40,19 @@ class Tokenizer:
 
     def __init__(
         self,
-        model_file: str | os.PathLike[str],
+        model_file: str | os.PathLike[str] | bytes,
         legacy: bool = True,
         model_max_length: int = 2048,
         added_tokens: Mapping[str, int] | None = None,
     ) -> None:
-        path = Path(model_file)
-        if not path.exists():
+        path = Path(MODEL_FILE if isinstance(model_file, bytes) else model_file)
+        if isinstance(model_file, bytes):
+            self.model_bytes = model_file
+        elif path.exists():
+            self.model_bytes = read_regular(path, MAX_TOKENIZER_BYTES)
+        else:
             raise FormatError(f"{path}: no such file, want a SentencePiece model", path=path)
-        self._model_bytes = read_regular(path, MAX_TOKENIZER_BYTES)
-        self._sp = _load(self._model_bytes, path)
+        self._sp = _load(self.model_bytes, path)
         self.legacy = legacy
         self.model_max_length = model_max_length
         self.added_tokens = dict(added_tokens or {})
@@ -168,11 +171,11 @@ class Tokenizer:
         implemented.
         """
         folder = Path(directory)
-        if not (folder / _MODEL_FILE).is_file():
+        if not (folder / MODEL_FILE).is_file():
             raise FormatError(
-                f"{folder}: no {_MODEL_FILE}; copy it from the base model (tokenizer.json alone is not enough)", path=folder
+                f"{folder}: no {MODEL_FILE}; copy it from the base model (`load_tokenizer` reads a tokenizer.json too)", path=folder
             )
-        config_path = folder / _CONFIG_FILE
+        config_path = folder / CONFIG_FILE
         config = _read_if_present(config_path)
         for key, implemented in (("add_bos_token", True), ("add_eos_token", False), ("add_prefix_space", True)):
             if config.get(key) not in (None, implemented):
@@ -181,21 +184,20 @@ class Tokenizer:
                     path=config_path,
                     field=key,
                 )
-        legacy, longest = config.get("legacy"), config.get("model_max_length")
-        longest = 2048 if longest is None else longest
-        if type(longest) not in (int, float) or longest < 1:  # transformers writes 1e30 for "none"
-            raise ConfigError(f"{config_path}: model_max_length is {longest!r}, want a positive number", path=config_path, field="model_max_length")
+        legacy = config.get("legacy")
+        if legacy is not None and type(legacy) is not bool:
+            raise ConfigError(f"{config_path}: legacy is {legacy!r}, want true or false", path=config_path, field="legacy")
         return cls(
-            folder / _MODEL_FILE,
-            legacy=True if legacy is None else bool(legacy),
-            model_max_length=int(longest),
+            folder / MODEL_FILE,
+            legacy=legacy is not False,
+            model_max_length=length_limit(config, config_path),
             added_tokens=_read_if_present(folder / _ADDED_FILE, MAX_ADDED_TOKENS),
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the files `from_pretrained` (and Transformers' LlamaTokenizer) reads."""
         folder = make_directory(directory)
-        write_bytes(folder / _MODEL_FILE, self._model_bytes)
+        write_bytes(folder / MODEL_FILE, self.model_bytes)
         unk, bos, eos = (self._special_pieces[i] for i in (self.unk_token_id, self.bos_token_id, self.eos_token_id))
         config = {
             "tokenizer_class": "LlamaTokenizer",
@@ -209,7 +211,7 @@ class Tokenizer:
             "unk_token": unk,
             "pad_token": unk,
         }
-        write_bytes(folder / _CONFIG_FILE, dump_object(config))
+        write_bytes(folder / CONFIG_FILE, dump_object(config))
         if self.added_tokens:
             write_bytes(folder / _ADDED_FILE, dump_object(self.added_tokens))
 
@@ -230,6 +232,15 @@ def _load(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     except (RuntimeError, UnicodeError) as error:
         raise FormatError(f"{path}: not a SentencePiece model: {error}", path=path) from error
     return model
+
+
+def length_limit(config: Mapping[str, Any], path: Path) -> int:
+    """`model_max_length` of a tokenizer_config.json, default 2048. Raises ConfigError."""
+    longest = config.get("model_max_length")
+    longest = 2048 if longest is None else longest
+    if type(longest) not in (int, float) or longest < 1:  # transformers writes 1e30 for "none"
+        raise ConfigError(f"{path}: model_max_length is {longest!r}, want a positive number", path=path, field="model_max_length")
+    return int(longest)
 
 
 def _read_if_present(path: Path, max_items: int = MAX_JSON_ITEMS) -> dict[str, Any]:
