@@ -23,7 +23,7 @@ MAX_LINES = 4
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Say what a checkpoint directory or weight file is and what would be loaded from it, without reading a weight."""
     parser.add_argument("path", metavar="DIR|FILE")
-    parser.add_argument("--model_base", "--model-base", help="base of an adapter directory")
+    parser.add_argument("--model_base", help="base of an adapter directory")
     parser.add_argument("--vision_tower", help="the tower's directory, where the checkpoint does not hold it")
     parser.add_argument("--tensors", action="store_true", help="also every tensor with its shape, dtype and file")
     parser.add_argument("--json", action="store_true")
@@ -107,9 +107,9 @@ def _rewrite(args: argparse.Namespace, checkpoint: Checkpoint, sources: list[str
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
     """Write full weights W + s B A of an adapter directory and its base."""
-    parser.add_argument("--model_name_or_path", "--model-path", required=True, help="adapter directory, or one that holds a trained projector")
-    parser.add_argument("--model_base", "--model-base", help="its base; default: the directory that adapter_config.json names")
-    parser.add_argument("--out", "--save-model-path", required=True, help="directory to write")
+    parser.add_argument("--model_name_or_path", "--model_path", required=True, help="adapter directory, or one that holds a trained projector")
+    parser.add_argument("--model_base", help="its base; default: the directory that adapter_config.json names")
+    parser.add_argument("--out", "--save_model_path", required=True, help="directory to write")
     _target_flags(parser)
 
 

@@ -49,7 +49,8 @@ static void forward(stv_exec *x, void *context)
 static void backward(stv_exec *x, void *context)
 {
     run *r = context;
-    stv_logprob_backward(x, (stv_logprob_grads){r->dh, r->frozen ? NULL : r->dw}, r->dlogp, r->lse, r->h, stv_stored_reals(r->w), r->D, r->V, &r->targets);
+    stv_logprob_backward(x, (stv_logprob_grads){r->dh, r->frozen ? NULL : r->dw}, r->dlogp, r->lse, r->h, stv_stored_reals(r->w), r->D, r->V,
+                         &r->targets);
 }
 
 static void mean_logit(stv_exec *x, void *context)
