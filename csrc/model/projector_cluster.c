@@ -28,9 +28,8 @@ static double *widened(stv_exec *x, const real *in, int64_t rows, int64_t cols)
 /* Of one element. */
 static double scalar(const stv_weights *weights, int tensor)
 {
-    real value;
-    stv_widen(&value, stv_weight(weights, tensor), 1);
-    return (double)value;
+    real scratch;
+    return (double)*stv_read(stv_weight(weights, tensor), 0, 1, &scratch);
 }
 
 static double dot(const double *a, const double *b, int64_t n)

@@ -145,13 +145,13 @@ static inline __attribute__((always_inline)) REAL LOCAL(load)(stv_stored src, in
 
 static inline __attribute__((always_inline)) VEC LOCAL(load_vec)(stv_stored src, int64_t i)
 {
+    REAL lanes[VEC_LANES];
     VEC v;
 #if defined(LOAD_HALVES)
     if (src.dtype == STV_DTYPE_F16 || src.dtype == STV_DTYPE_BF16) return LOAD_HALVES((const uint16_t *)src.data + i, src.dtype);
 #endif
-    if (stv_dtype_size(src.dtype) == sizeof(REAL)) __builtin_memcpy(&v, (const REAL *)src.data + i, sizeof v);
-    else
-        for (int lane = 0; lane < VEC_LANES; lane++) v[lane] = LOCAL(load)(src, i + lane);
+    for (int lane = 0; lane < VEC_LANES; lane++) lanes[lane] = LOCAL(load)(src, i + lane);
+    __builtin_memcpy(&v, lanes, sizeof v);
     return v;
 }
 

@@ -117,10 +117,10 @@ typedef struct mean_args {
 static void mean_columns(const void *arg, int64_t begin, int64_t end)
 {
     const mean_args *a = arg;
-    real w[STV_COLUMN_GRAIN];
+    real scratch[STV_COLUMN_GRAIN];
     for (int64_t i = begin; i < end; i++) a->mean_row[i] = 0;
     for (int64_t v = 0; v < a->V; v++) {
-        stv_widen(w, stv_stored_from(a->w, v * a->D + begin), end - begin);
+        const real *w = stv_read(a->w, v * a->D + begin, end - begin, scratch);
         for (int64_t i = begin; i < end; i++) a->mean_row[i] += (double)w[i - begin];
     }
     for (int64_t i = begin; i < end; i++) a->mean_row[i] /= (double)a->V;

@@ -16,10 +16,7 @@ typedef struct rows_args {
 const real *stv_widened(stv_exec *x, stv_stored values, int64_t n)
 {
     real *wide = stv_reals(x, n, 1);
-    if (stv_measuring(x)) return wide;
-    if (values.dtype == STV_REAL_DTYPE) return values.data;
-    stv_widen(wide, values, n);
-    return wide;
+    return stv_measuring(x) ? wide : stv_read(values, 0, n, wide);
 }
 
 static void zero_range(const void *arg, int64_t begin, int64_t end)

@@ -35,4 +35,13 @@ static inline stv_stored stv_stored_reals(const real *data)
     return s;
 }
 
+/* n values from `first` on: where they lie, or widened into scratch (n). */
+static inline const real *stv_read(stv_stored values, int64_t first, int64_t n, real *scratch)
+{
+    stv_stored from = stv_stored_from(values, first);
+    if (from.dtype == STV_REAL_DTYPE) return (const real *)from.data;
+    stv_widen(scratch, from, n);
+    return scratch;
+}
+
 #endif
