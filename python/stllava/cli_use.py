@@ -150,6 +150,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_chunks", type=int, default=1)
     parser.add_argument("--chunk_idx", type=int, default=0)
     parser.add_argument("--num_beams", type=int, default=1, help="1 only")
+    parser.add_argument("--feature_cache", default=None, metavar="DIR", help="keep the images' features there, and do not compute those it has")
     parser.add_argument("--batch_size", type=int, default=16, help="questions answered together; those of one image stay together")
     _decoding_flags(parser)
 
@@ -160,6 +161,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from .data.chunks import get_chunk
     from .data.records import read_records
     from .evaluate.answers import KNOWN_FIELDS, answer_questions, read_questions
+    from .feature_cache import FeatureCache
     if args.num_beams != 1:
         raise ValueError(f"--num_beams is {args.num_beams}: there is no beam search, want 1 (greedy with --temperature 0, else sampling)")
     if args.batch_size < 1:
@@ -171,8 +173,9 @@ def run_generate(args: argparse.Namespace) -> int:
         print(f"stllava generate: {args.question_file}: fields not used: {', '.join(unknown[:20])}", file=sys.stderr)
     image_of = _images_in(args.image_folder, [question.image for question in questions if question.image is not None])
     model = _model(args)
+    cache = FeatureCache(args.feature_cache, model) if args.feature_cache is not None else None
     rows = answer_questions(model, questions, image_of, template=_template(args, model), batch_size=args.batch_size, out=args.answers_file,
-                            label="generate", model_id=model_name_of(args.model_name_or_path), seed=args.seed, **_decoding(args))
+                            feature_cache=cache, label="generate", model_id=model_name_of(args.model_name_or_path), seed=args.seed, **_decoding(args))
     print(f"{len(rows)} answers in {args.answers_file}")
     return 0
 
