@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from .checkpoint import names
 from .checkpoint.atomic import make_directory, write_bytes
+from .errors import FormatError
+from .paths import read_regular
 
 if TYPE_CHECKING:
     from .model import LlavaModel
@@ -84,11 +86,12 @@ class FeatureCache:
 
 def _read(path: Path, shape: Seq[int], dtype: np.dtype) -> np.ndarray | None:
     """What a file holds; None where there is none, or it is damaged."""
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+        content = read_regular(path, _DIGEST_BYTES + n_bytes)
+    except (FileNotFoundError, FormatError):
         return None
     data = content[_DIGEST_BYTES:]
-    if len(data) != int(np.prod(shape)) * dtype.itemsize or hashlib.sha256(data).digest() != content[:_DIGEST_BYTES]:
+    if len(data) != n_bytes or hashlib.sha256(data).digest() != content[:_DIGEST_BYTES]:
         return None
     return np.frombuffer(data, dtype).reshape(shape)

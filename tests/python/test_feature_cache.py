@@ -30,7 +30,7 @@ def test_what_is_found_is_what_was_computed(tmp_path):
     assert (again.n_computed, again.n_found) == (0, 3)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:], lambda data: b""])
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:], lambda data: data + b"x", lambda data: b""])
 def test_damage_is_computed_anew(tmp_path, damage):
     model = tiny_model()
     want = FeatureCache(tmp_path, model).features(PIXELS)
