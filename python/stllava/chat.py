@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -116,11 +117,12 @@ class Reply(Iterator[str]):
     """The answer of one turn: pieces of text, as they come. It may be left at any time, also by Ctrl-C; what came is part of the conversation."""
 
     def __init__(self, session: ChatSession, answers: Answers) -> None:
-        self._session, self._pieces = session, (text for _, _, text in answers if text)
+        self._session, self._pieces = weakref.ref(session), (text for _, _, text in answers if text)  # weak: a cycle would keep gigabytes
         [self.generation] = answers.generations
 
     def __next__(self) -> str:
-        if self._session.reply is not self:  # the conversation went on
+        session = self._session()
+        if session is not None and session.reply is not self:  # the conversation went on
             raise StopIteration
         return next(self._pieces)
 

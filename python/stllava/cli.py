@@ -278,7 +278,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question_file", required=True, help="LLaVA-Med test items (JSON)")
     parser.add_argument("--image_folder", required=True)
     parser.add_argument("--answers_file", default=None, help="JSON lines; continued if it exists")
-    parser.add_argument("--conv_mode", default="v1")
+    parser.add_argument("--conv_mode", default=None, help="conversation template; default: what the checkpoint seems to be made with")
     parser.add_argument("--max_new_tokens", type=int, default=1024)
     parser.add_argument("--metrics", choices=("compat", "strict"), default="compat")
 
@@ -292,7 +292,8 @@ def run_eval(args: argparse.Namespace) -> None:
     from .paths import inside
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
-    answers = answer_questions(_model(args), items, lambda name: str(inside(folder, name)), template=args.conv_mode,
+    model = _model(args)
+    answers = answer_questions(model, items, lambda name: str(inside(folder, name)), template=cli_use.template_for(args, model),
                                max_new_tokens=args.max_new_tokens, out=args.answers_file, model_id=model_name_of(args.model_name_or_path))
     print_report(evaluate_vqa(items, answers, args.metrics))
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .chat import ChatSession
     from .model import LlavaModel
 
-__all__ = ["VERBS"]
+__all__ = ["VERBS", "template_for"]
 
 HELP = """/image FILE   shows a picture with what you say next
 /reset        forgets the conversation; the picture is shown again
@@ -40,7 +40,8 @@ def _decoding(args: argparse.Namespace) -> dict[str, Any]:
     return take_fields(args, DecodingSettings) | {"stop": tuple(args.stop)}
 
 
-def _template(args: argparse.Namespace, model: LlavaModel) -> str:
+def template_for(args: argparse.Namespace, model: LlavaModel) -> str:
+    """The template of `--conv_mode`, or the one guessed; a warning on stderr where they differ."""
     from .conv_mode import choose_conv_mode, model_name_of
     from .conversation import check_template
     chosen, warning = choose_conv_mode(args.conv_mode, model.config, model_name_of(args.model_name_or_path))
@@ -66,7 +67,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 def run_chat(args: argparse.Namespace) -> int:
     from .cli import _model
     model = _model(args)
-    session = model.chat_session(_template(args, model), seed=args.seed, **_decoding(args))
+    session = model.chat_session(template_for(args, model), seed=args.seed, **_decoding(args))
     terminal = sys.stdin.isatty()
     if terminal:
         print(HELP, file=sys.stderr)
@@ -150,6 +151,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_chunks", type=int, default=1)
     parser.add_argument("--chunk_idx", type=int, default=0)
     parser.add_argument("--num_beams", type=int, default=1, help="1 only")
+    parser.add_argument("--feature_cache", default=None, metavar="DIR", help="keep the images' features there, and do not compute those it has")
     parser.add_argument("--batch_size", type=int, default=16, help="questions answered together; those of one image stay together")
     _decoding_flags(parser)
 
@@ -160,6 +162,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from .data.chunks import get_chunk
     from .data.records import read_records
     from .evaluate.answers import KNOWN_FIELDS, answer_questions, read_questions
+    from .feature_cache import FeatureCache
     if args.num_beams != 1:
         raise ValueError(f"--num_beams is {args.num_beams}: there is no beam search, want 1 (greedy with --temperature 0, else sampling)")
     if args.batch_size < 1:
@@ -171,8 +174,9 @@ def run_generate(args: argparse.Namespace) -> int:
         print(f"stllava generate: {args.question_file}: fields not used: {', '.join(unknown[:20])}", file=sys.stderr)
     image_of = _images_in(args.image_folder, [question.image for question in questions if question.image is not None])
     model = _model(args)
-    rows = answer_questions(model, questions, image_of, template=_template(args, model), batch_size=args.batch_size, out=args.answers_file,
-                            label="generate", model_id=model_name_of(args.model_name_or_path), seed=args.seed, **_decoding(args))
+    cache = FeatureCache(args.feature_cache, model) if args.feature_cache is not None else None
+    rows = answer_questions(model, questions, image_of, template=template_for(args, model), batch_size=args.batch_size, out=args.answers_file,
+                            feature_cache=cache, label="generate", model_id=model_name_of(args.model_name_or_path), seed=args.seed, **_decoding(args))
     print(f"{len(rows)} answers in {args.answers_file}")
     return 0
 

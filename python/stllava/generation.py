@@ -20,6 +20,7 @@ from .text.stream import TextStream
 from .tree import Sequence, build_trees
 
 if TYPE_CHECKING:
+    from .feature_cache import FeatureCache
     from .images import Picture
     from .model import LlavaModel
 
@@ -110,7 +111,8 @@ def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[P
              max_new_tokens: int = 1024, min_new_tokens: int = 0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
              repetition_penalty: float = 1.0, num_return_sequences: int = 1, seed: int | None = None, seeds: Seq[int] | None = None,
              stop: str | Seq[str] = (), eos_token_id: int | Seq[int] | None = None, batch_size: int = 32,
-             on_token: Callable[[int, int, int, str], None] | None = None, on_batch: Callable[[int], None] | None = None) -> list[list[Generation]]:
+             on_token: Callable[[int, int, int, str], None] | None = None, on_batch: Callable[[int], None] | None = None,
+             feature_cache: FeatureCache | None = None) -> list[list[Generation]]:
     """Continues every prompt.
 
     Args:
@@ -123,7 +125,7 @@ def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[P
         seeds: instead, one per continuation (len(prompts) * num_return_sequences); default 0, 1, 2, ... An item's draws depend on its own seed only.
         eos_token_id: default the tokenizer's; text prompts need a tokenizer.
         batch_size: prompts decoded together. on_token: called with (prompt, continuation, token, new text) for each token, see `Answers`.
-        on_batch: called with the number of prompts finished.
+        on_batch: called with the number of prompts finished. feature_cache: where features of images are looked up and kept (of this model).
 
     Returns:
         for each prompt, `num_return_sequences` generations.
@@ -158,10 +160,10 @@ def generate(model: LlavaModel, prompts: Seq[str] | Seq[Seq[int]], images: Seq[P
         prompt_of = [0] * len(chosen)
         for i, leaf in zip(chosen, trees.order.tolist(), strict=True):
             prompt_of[leaf] = i
+        pixels, features = _pixels_or_features(model, [pictures[key] for key in trees.image_keys], feature_cache)
         decoder = stllava_c.Generator(
             model.core, stllava_c.Batch(model.core, **trees.core_arguments()), adapters=model.adapters_enabled,
-            pixels=model.pixels(pictures[key] for key in trees.image_keys) if trees.image_keys else None, n_per_sequence=n, eos_ids=eos,
-            max_new_tokens=max(limits[i] for i in chosen),
+            pixels=pixels, features=features, n_per_sequence=n, eos_ids=eos, max_new_tokens=max(limits[i] for i in chosen),
             seeds=np.array([seeds[i * n + j] for i in prompt_of for j in range(n)], np.uint64), **settings.core_arguments())
         answers = Answers(model, decoder, settings.stops, eos, [limits[i] for i in prompt_of for _ in range(n)])
         for continuation, token, text in answers:
@@ -237,6 +239,11 @@ def prompt_ids(model: LlavaModel, prompt: str | Seq[int], i: int) -> list[int]:
     if not model.has_tokenizer:
         raise ValueError(f"generate: prompt {i} is a text, but the model has no tokenizer; pass ids")
     return tokenizer_image_token(prompt, model.tokenizer, IMAGE_TOKEN_INDEX)
+
+
+def _pixels_or_features(model: LlavaModel, pictures: Seq[Picture], cache: FeatureCache | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    pixels = model.pixels(pictures) if pictures else None
+    return (pixels, None) if cache is None or pixels is None else (None, cache.features(pixels))
 
 
 def _tuple(images: Picture | tuple[Picture, ...] | None) -> tuple[Picture, ...]:

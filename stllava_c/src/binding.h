@@ -97,6 +97,8 @@ bool buffer_kind(const Py_buffer *view, array_kind *kind); /* false: none of our
 
 typedef struct model_object {
     PyObject_HEAD stv_model *model; /* NULL: closed */
+    core_state *state;              /* of `module`, which the model keeps: at Python's end types lose theirs before the last instances go */
+    PyObject *module;               /* not traversed, so that it is never garbage before the model */
     stv_model_config config;
     stv_dtype dtype;
     PyObject *bindings;  /* {name: Tensor that borrows what was bound} */

@@ -28,7 +28,7 @@ static void forget_lock_before_fork(model_object *self, unsigned long me)
 {
     if (self->n_forks == forks_counted()) return;
     self->n_forks = forks_counted();
-    forget_calls_before_fork(state_of((PyObject *)self));
+    forget_calls_before_fork(self->state);
     if (self->depth > 0 && self->owner == me) return;
     PyThread_acquire_lock(self->lock, NOWAIT_LOCK); /* taken now, by whomever */
     PyThread_release_lock(self->lock);
@@ -46,7 +46,7 @@ void model_lock(model_object *self)
             Py_END_ALLOW_THREADS
         }
         self->owner = me;
-        state_of((PyObject *)self)->calls++;
+        self->state->calls++;
     }
     self->depth++;
 }
@@ -54,8 +54,7 @@ void model_lock(model_object *self)
 void model_leave(model_object *self)
 {
     if (--self->depth > 0) return;
-    core_state *state = state_of((PyObject *)self);
-    if (state->calls > 0) state->calls--; /* 0: a fork was made by a finaliser inside this call */
+    if (self->state->calls > 0) self->state->calls--; /* 0: a fork was made by a finaliser inside this call */
     PyThread_release_lock(self->lock);
 }
 
@@ -116,7 +115,8 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
     model_object *self = (model_object *)new_instance(type);
     if (!self) return NULL;
-    core_state *state = state_of((PyObject *)self);
+    core_state *state = self->state = state_of((PyObject *)self);
+    self->module = Py_NewRef(PyType_GetModule(type));
     self->dtype = strcmp(dtype, "f64") ? STV_DTYPE_F32 : STV_DTYPE_F64;
     self->n_forks = forks_counted();
     self->bindings = PyDict_New();
@@ -167,7 +167,9 @@ static void model_dealloc(PyObject *object)
     drop_model(self);
     Py_CLEAR(self->bindings);
     if (self->lock) PyThread_free_lock(self->lock);
+    PyObject *module = self->module;
     free_instance(object);
+    Py_XDECREF(module);
 }
 
 PyDoc_STRVAR(close_doc,

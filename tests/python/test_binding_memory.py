@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,3 +277,19 @@ def test_config_and_table(dtype):
     model.set_trainable([NORM, "lm_head.weight"])
     assert [(i.offset, i.name) for i in model.tensors() if i.offset >= 0] == [(0, NORM), (64, "lm_head.weight")]
     assert model.theta.numpy().dtype == NUMPY[dtype] and model.n_trainable == 64 + 128 * 64 and Q_PROJ in model.linear_modules()
+
+
+@pytest.mark.parametrize("kept", ["model", "stllava_c.Run(model)", "text_batch(model)", "stllava_c.Generator(model, text_batch(model), max_new_tokens=2)",
+                                  "model.tensor(Q_PROJ + '.weight')", "model.tensor(Q_PROJ + '.weight').numpy()"])
+def test_python_may_end_with_a_cycle_around_anything(kept):
+    """The last collection takes away the types' module before the instances that are in cycles."""
+    code = f"""
+import sys
+sys.path.insert(0, sys.argv[1])
+from tiny_core import *
+class Holder: ...
+model, holder = tiny(), Holder()
+holder.itself, holder.kept = holder, {kept}
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

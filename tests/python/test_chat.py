@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 from dataclasses import replace
 
@@ -125,6 +126,26 @@ def test_an_interrupt_anywhere_leaves_a_session_that_goes_on(monkeypatch, interr
     interrupted("Lost.")
     second = session.send(QUESTIONS[1]).finish()
     assert second == fresh(model, [f"<image>\n{QUESTIONS[0]}", QUESTIONS[1]], [first.text], [picture()], 1, max_new_tokens=4)
+
+
+def test_memory_goes_with_the_session():
+    model = talking_model()
+    gc.collect()
+    live = stllava_c._core._live_allocations()
+    gc.disable()
+    try:
+        session = model.chat_session(max_new_tokens=3)
+        session.send("What is it?").finish()
+        assert stllava_c._core._live_allocations() > live
+        session.reset()
+        assert stllava_c._core._live_allocations() == live
+        reply = session.send("What is it?")
+        del session
+        assert len(list(reply)) == 3  # an answer outlives it
+        del reply
+        assert stllava_c._core._live_allocations() == live
+    finally:
+        gc.enable()
 
 
 def test_reset_and_adapters_and_settings():

@@ -123,6 +123,21 @@ def test_an_image_is_encoded_once(ask, monkeypatch):
     assert made == [1, 1, 1]
 
 
+def test_features_are_kept(ask, tmp_path):
+    whole = ask(QUESTIONS, "--feature-cache", str(tmp_path / "features"))[1]
+    assert len(list((tmp_path / "features").rglob("*.features"))) == 3
+    (tmp_path / "a.jsonl").unlink()
+    assert ask(QUESTIONS, "--feature-cache", str(tmp_path / "features"))[1] == whole
+    (tmp_path / "a.jsonl").unlink()
+    assert ask(QUESTIONS)[1] == whole
+
+
+def test_a_picture_that_cannot_be_read_ends_the_run_and_loses_nothing(ask, folder):
+    (folder / "bad.png").write_bytes(b"no picture")
+    code, rows, errors = ask([*QUESTIONS, {"question_id": "bad", "text": "a", "image": "bad.png"}], "--batch_size", "3")
+    assert code == 1 and len(rows) == 9 and "bad.png" in errors
+
+
 def test_what_was_answered_is_not_asked_again(ask, tmp_path, monkeypatch):
     _, whole, _ = ask(QUESTIONS)
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)

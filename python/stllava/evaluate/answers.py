@@ -17,6 +17,7 @@ from stllava.generation import DecodingSettings, generate
 from stllava.text.prompts import dialogue_about_image, dialogue_without_image, open_turn
 
 if TYPE_CHECKING:
+    from stllava.feature_cache import FeatureCache
     from stllava.model import LlavaModel
 
 __all__ = ["KNOWN_FIELDS", "Question", "answer_questions", "read_questions"]
@@ -80,7 +81,7 @@ def _text(record: Mapping[str, Any]) -> Any:
 
 def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | Question], image_of: Callable[[str], Any], *, template: str = "v1",
                      batch_size: int = 32, out: str | Path | None = None, progress: bool = True, label: str = "answer", model_id: str = "",
-                     seed: int = 0, **settings: Any) -> list[dict[str, Any]]:
+                     seed: int = 0, feature_cache: FeatureCache | None = None, **settings: Any) -> list[dict[str, Any]]:
     """Answers question records.
 
     Args:
@@ -88,7 +89,7 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
         out: answer file (JSON lines) in LLaVA's layout, continued by question_id if it exists; finished, it has the order of the questions.
         batch_size: questions answered together. Those of one image stay together where they are no more than this, and then the image, and the rows
             that their prompts begin with, are computed once.
-        seed: a question's draws depend on this and its id. settings: fields of `DecodingSettings`.
+        seed: a question's draws depend on this and its id. feature_cache: as for `generate`. settings: fields of `DecodingSettings`.
 
     Returns:
         ``{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`` per question, in order. answer_id is a digest of the rest.
@@ -109,7 +110,7 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
         found = generate(model, prompts, [None if item.image is None else pictures[item.image] for item in batch], batch_size=batch_size,
                          max_new_tokens=how.max_new_tokens, min_new_tokens=how.min_new_tokens, temperature=how.temperature, top_k=how.top_k,
                          top_p=how.top_p, repetition_penalty=how.repetition_penalty, stop=(*how.stops, *chosen.stop_strings()),
-                         seeds=[item_seed(seed, "question", item.id) for item in batch])
+                         seeds=[item_seed(seed, "question", item.id) for item in batch], feature_cache=feature_cache)
         for item, [answer] in zip(batch, found, strict=True):
             digest = hashlib.blake2b("\x1f".join((model_id, str(item.id), item.text, answer.text)).encode(), digest_size=11).hexdigest()
             yield {"question_id": item.id, "prompt": item.text, "text": answer.text, "answer_id": digest, "model_id": model_id, "metadata": {}}
