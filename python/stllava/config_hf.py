@@ -48,13 +48,13 @@ def to_llava(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"config: text_config is there, as in {ARCHITECTURE}, and {mixed}, as in LLaVA's own layout; remove one of them",
                           field="text_config")
     text, vision = (_object(values, key) for key in ("text_config", "vision_config"))
-    if (kind := text.get("model_type", "llama")) not in _MODEL_TYPES:
+    if (kind := text.get("model_type", "llama")) not in tuple(_MODEL_TYPES):
         raise unsupported("config", "text_config.model_type", kind, tuple(_MODEL_TYPES))
     if (act := values.get("projector_hidden_act", "gelu")) != "gelu":
         raise unsupported("config", "projector_hidden_act", act, ("gelu",))
     if (bias := values.get("multimodal_projector_bias", True)) is not True:
         raise unsupported("config", "multimodal_projector_bias", bias, (True,))
-    if (strategy := values.get("vision_feature_select_strategy", "default")) not in _FEATURES:
+    if (strategy := values.get("vision_feature_select_strategy", "default")) not in tuple(_FEATURES):
         raise unsupported("config", "vision_feature_select_strategy", strategy, tuple(_FEATURES))
     layer = values.get("vision_feature_layer", -2)
     if isinstance(layer, list) and len(layer) == 1:
@@ -98,11 +98,14 @@ def _tower_name(vision: Mapping[str, Any]) -> str:
 
 def padded(config: LlavaConfig) -> LlavaConfig:
     """The configuration with rows for the tokens `<image>` and `<pad>`, which Hugging Face looks up in the embedding; unchanged if it has them."""
-    if "image_token_index" in config.extra:
-        return config
     n = config.vocab_size
-    rows = -(-(n + 2) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-    return dataclasses.replace(config, vocab_size=rows, extra={**config.extra, "image_token_index": n, "pad_token_id": n + 1})
+    image = config.extra.get("image_token_index", n)
+    if type(image) is not int or image < 0:
+        raise unsupported("config", "image_token_index", image, ("a token id",))
+    if image < n:
+        return config
+    rows = -(-(image + 2) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    return dataclasses.replace(config, vocab_size=rows, extra={**config.extra, "image_token_index": image, "pad_token_id": image + 1})
 
 
 def to_hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:

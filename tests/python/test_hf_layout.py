@@ -112,6 +112,7 @@ def test_configuration_of_llava_1_5_7b_hf() -> None:
 
 
 @pytest.mark.parametrize("key, value", [
+    ("text_config__model_type", ["llama"]), ("vision_feature_select_strategy", ["default"]),
     ("projector_hidden_act", "relu"), ("multimodal_projector_bias", False), ("vision_feature_select_strategy", "cls"), ("vision_feature_layer", [-2, -5]),
     ("vision_feature_layer", "last"), ("image_token_index", -1), ("text_config__model_type", "qwen2"), ("vision_config__model_type", "siglip_vision_model"),
     ("text_config__rope_parameters", {"rope_type": "llama3", "factor": 8.0}), ("text_config__attention_bias", True), ("text_config", [1]),
@@ -167,6 +168,14 @@ def test_vocabulary_is_padded_by_rows_that_never_win(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == "LlavaImageProcessor"
     found.save_pretrained(tmp_path / "again", layout="hf")
     assert LlavaModel.from_pretrained(tmp_path / "again").config == found.config
+
+
+def test_rows_for_an_image_token_behind_the_vocabulary() -> None:
+    """A file may leave image_token_index at its default 32000 beside 32000 rows, which transformers cannot look up."""
+    config = dataclasses.replace(tiny.config(), extra={"image_token_index": 32000})
+    assert config_hf.padded(config).vocab_size == 32064 and config_hf.padded(config).extra["pad_token_id"] == 32001
+    with pytest.raises(ConfigError, match="image_token_index is '<image>'"):
+        config_hf.padded(dataclasses.replace(config, extra={"image_token_index": "<image>"}))
 
 
 def test_padding_keeps_the_dtype(tmp_path: Path) -> None:
@@ -244,6 +253,21 @@ def test_fast_tokenizer_learns_the_tokens(tmp_path: Path) -> None:
         hf_processor.write_processor(tmp_path, config)
     entries = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
     assert [(entry["id"], entry["content"]) for entry in entries] == [(0, "<unk>"), (32000, "<image>"), (32001, "<pad>")]
+
+
+@pytest.mark.parametrize("file, key", [("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")])
+def test_tokenizer_files_that_are_none(tmp_path: Path, file: str, key: str) -> None:
+    (tmp_path / file).write_text(json.dumps({key: 3}))
+    with pytest.raises(FormatError, match=f"{file}: {key} is a int"):
+        hf_processor.write_processor(tmp_path, config_hf.padded(tiny.config(mm_projector_type="mlp2x_gelu")))
+
+
+def test_a_padding_token_of_its_own_stays(tmp_path: Path) -> None:
+    Tokenizer(tiny.TOKENIZER).save_pretrained(tmp_path)
+    config = dataclasses.replace(tiny.config(32064, mm_projector_type="mlp2x_gelu"), extra={"image_token_index": 32000, "pad_token_id": 2})
+    hf_processor.write_processor(tmp_path, config)
+    assert json.loads((tmp_path / "added_tokens.json").read_text()) == {"<image>": 32000}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "<unk>"
 
 
 # ---- transformers itself

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
@@ -22,6 +22,7 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _ADDED, _TOKENIZER, _TOKENIZER_CONFIG = "added_tokens.json", "tokenizer.json", "tokenizer_config.json"
 _PLAIN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 _MAX_TOKENIZER_ITEMS = 16 * MAX_VOCABULARY
+T = TypeVar("T", dict[str, Any], list[Any])
 
 
 def picture_settings(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
@@ -51,14 +52,14 @@ def write_processor(directory: str | os.PathLike[str], config: LlavaConfig) -> N
     if (directory / PREPROCESSOR).exists():
         pad = config.image_aspect_ratio == "pad"
         _update(directory / PREPROCESSOR, {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if pad else {})
-    _add_tokens(directory, {IMAGE_TOKEN: config.extra["image_token_index"], PAD_TOKEN: config.extra.get("pad_token_id")})
+    image = config.extra["image_token_index"]
+    ours = config.extra.get("pad_token_id") == image + 1  # else the tokenizer has a padding token of its own
+    _add_tokens(directory, {IMAGE_TOKEN: image} | ({PAD_TOKEN: image + 1} if ours else {}))
 
 
-def _add_tokens(directory: Path, tokens: dict[str, Any]) -> None:
-    tokens = {token: i for token, i in tokens.items() if type(i) is int}
+def _add_tokens(directory: Path, tokens: dict[str, int]) -> None:
     if (directory / _TOKENIZER_CONFIG).exists():
-        values = read_object(directory / _TOKENIZER_CONFIG)
-        known = values.get("added_tokens_decoder") or {}
+        known = _entry(directory / _TOKENIZER_CONFIG, "added_tokens_decoder", {})
         known |= {str(i): {"content": token, **_PLAIN} for token, i in tokens.items()}
         _update(directory / _TOKENIZER_CONFIG, {"added_tokens_decoder": known, "image_token": IMAGE_TOKEN, "processor_class": "LlavaProcessor"}
                 | ({"pad_token": PAD_TOKEN} if PAD_TOKEN in tokens else {}))
@@ -71,12 +72,18 @@ def _add_tokens(directory: Path, tokens: dict[str, Any]) -> None:
                                   path=path, field=token)
         write_bytes(path, dump_object(added))
     if (directory / _TOKENIZER).exists():
-        values = read_object(directory / _TOKENIZER, _MAX_TOKENIZER_ITEMS)
-        entries = values.get("added_tokens") or []
-        there = {entry.get("content") for entry in entries}
+        entries = _entry(directory / _TOKENIZER, "added_tokens", [])
+        there = [entry.get("content") for entry in entries if isinstance(entry, dict)]
         entries += [{"id": i, "content": token, **_PLAIN} for token, i in tokens.items() if token not in there]
-        _update(directory / _TOKENIZER, {"added_tokens": entries}, _MAX_TOKENIZER_ITEMS)
+        _update(directory / _TOKENIZER, {"added_tokens": entries})
 
 
-def _update(path: Path, values: dict[str, Any], max_items: int | None = None) -> None:
-    write_bytes(path, dump_object((read_object(path) if max_items is None else read_object(path, max_items)) | values))
+def _entry(path: Path, key: str, default: T) -> T:
+    value = read_object(path, _MAX_TOKENIZER_ITEMS).get(key)
+    if not isinstance(value, type(default) | None):
+        raise FormatError(f"{path}: {key} is a {type(value).__name__}, want a {type(default).__name__}", path=path, field=key)
+    return default if value is None else value
+
+
+def _update(path: Path, values: dict[str, Any]) -> None:
+    write_bytes(path, dump_object(read_object(path, _MAX_TOKENIZER_ITEMS) | values))
