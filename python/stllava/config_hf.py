@@ -96,16 +96,28 @@ def _tower_name(vision: Mapping[str, Any]) -> str:
     return "clip"
 
 
+def with_image_token(config: LlavaConfig, token: int | None) -> LlavaConfig:
+    """The configuration with `<image>` as this token and `<pad>` as the next one, unless it says itself which they are.
+
+    token: the tokenizer's first free id, since tokenizers number what is added to them; None: the one behind the vocabulary.
+    """
+    if "image_token_index" in config.extra:
+        return config
+    token = config.vocab_size if token is None else token
+    return dataclasses.replace(config, extra={**config.extra, "image_token_index": token, "pad_token_id": token + 1})
+
+
 def padded(config: LlavaConfig) -> LlavaConfig:
     """The configuration with rows for the tokens `<image>` and `<pad>`, which Hugging Face looks up in the embedding; unchanged if it has them."""
-    n = config.vocab_size
-    image = config.extra.get("image_token_index", n)
+    config = with_image_token(config, None)
+    image, pad = config.extra["image_token_index"], config.extra.get("pad_token_id")
     if type(image) is not int or image < 0:
         raise unsupported("config", "image_token_index", image, ("a token id",))
-    if image < n:
+    last = max(image, pad) if type(pad) is int else image
+    if last < config.vocab_size:
         return config
-    rows = -(-(image + 2) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-    return dataclasses.replace(config, vocab_size=rows, extra={**config.extra, "image_token_index": image, "pad_token_id": image + 1})
+    rows = -(-(last + 1) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    return dataclasses.replace(config, vocab_size=rows)
 
 
 def to_hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:

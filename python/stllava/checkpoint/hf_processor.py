@@ -17,6 +17,7 @@ from stllava.config import LlavaConfig
 from stllava.config_hf import IMAGE_TOKEN, PAD_TOKEN
 from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_ADDED_TOKENS, MAX_VOCABULARY
+from stllava.text.tokenizer import Tokenizer
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _ADDED, _TOKENIZER, _TOKENIZER_CONFIG = "added_tokens.json", "tokenizer.json", "tokenizer_config.json"
@@ -40,6 +41,24 @@ def pads(directory: str | os.PathLike[str]) -> bool:
     """Whether the directory's image processor is a LlavaImageProcessor that pads pictures to a square."""
     found = picture_settings(directory)
     return found is not None and found[1].get("do_pad") is True and str(found[1].get("image_processor_type")).startswith("Llava")
+
+
+def image_token(tokenizer: Tokenizer) -> int:
+    """Id of `<image>`, or the first that is free."""
+    return tokenizer.special_ids.get(IMAGE_TOKEN, tokenizer.vocab_size)
+
+
+def image_token_of_files(directory: str | os.PathLike[str]) -> int | None:
+    """The same of a directory's tokenizer; None if there is none."""
+    directory = Path(directory)
+    if (directory / _TOKENIZER).exists():
+        entries = [entry for entry in _entry(directory / _TOKENIZER, "added_tokens", []) if isinstance(entry, dict) and type(entry.get("id")) is int]
+        vocabulary = _entry(directory / _TOKENIZER, "model", {}).get("vocab")
+        added: dict[str, int] = {str(entry.get("content")): entry["id"] for entry in entries}
+        return added.get(IMAGE_TOKEN, max([len(vocabulary) if isinstance(vocabulary, dict | list) else 0, *(i + 1 for i in added.values())]))
+    if (directory / "tokenizer.model").exists():
+        return image_token(Tokenizer.from_pretrained(directory))
+    return None
 
 
 def write_processor(directory: str | os.PathLike[str], config: LlavaConfig) -> None:
