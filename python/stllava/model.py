@@ -292,7 +292,7 @@ class LlavaModel:
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
-        """Inside the block the model computes without its adapters."""
+        """Inside the block the model computes without its adapters; weights that came with one (`modules_to_save`) stay."""
         before, self.adapters_enabled = self.adapters_enabled, False
         try:
             yield
