@@ -48,13 +48,13 @@ def to_llava(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"config: text_config is there, as in {ARCHITECTURE}, and {mixed}, as in LLaVA's own layout; remove one of them",
                           field="text_config")
     text, vision = (_object(values, key) for key in ("text_config", "vision_config"))
-    if (kind := text.get("model_type", "llama")) not in _MODEL_TYPES:
+    if (kind := text.get("model_type", "llama")) not in tuple(_MODEL_TYPES):
         raise unsupported("config", "text_config.model_type", kind, tuple(_MODEL_TYPES))
     if (act := values.get("projector_hidden_act", "gelu")) != "gelu":
         raise unsupported("config", "projector_hidden_act", act, ("gelu",))
     if (bias := values.get("multimodal_projector_bias", True)) is not True:
         raise unsupported("config", "multimodal_projector_bias", bias, (True,))
-    if (strategy := values.get("vision_feature_select_strategy", "default")) not in _FEATURES:
+    if (strategy := values.get("vision_feature_select_strategy", "default")) not in tuple(_FEATURES):
         raise unsupported("config", "vision_feature_select_strategy", strategy, tuple(_FEATURES))
     layer = values.get("vision_feature_layer", -2)
     if isinstance(layer, list) and len(layer) == 1:
@@ -96,13 +96,28 @@ def _tower_name(vision: Mapping[str, Any]) -> str:
     return "clip"
 
 
-def padded(config: LlavaConfig) -> LlavaConfig:
-    """The configuration with rows for the tokens `<image>` and `<pad>`, which Hugging Face looks up in the embedding; unchanged if it has them."""
+def with_image_token(config: LlavaConfig, token: int | None) -> LlavaConfig:
+    """The configuration with `<image>` as this token and `<pad>` as the next one, unless it says itself which they are.
+
+    token: the tokenizer's first free id, since tokenizers number what is added to them; None: the one behind the vocabulary.
+    """
     if "image_token_index" in config.extra:
         return config
-    n = config.vocab_size
-    rows = -(-(n + 2) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-    return dataclasses.replace(config, vocab_size=rows, extra={**config.extra, "image_token_index": n, "pad_token_id": n + 1})
+    token = config.vocab_size if token is None else token
+    return dataclasses.replace(config, extra={**config.extra, "image_token_index": token, "pad_token_id": token + 1})
+
+
+def padded(config: LlavaConfig) -> LlavaConfig:
+    """The configuration with rows for the tokens `<image>` and `<pad>`, which Hugging Face looks up in the embedding; unchanged if it has them."""
+    config = with_image_token(config, None)
+    image, pad = config.extra["image_token_index"], config.extra.get("pad_token_id")
+    if type(image) is not int or image < 0:
+        raise unsupported("config", "image_token_index", image, ("a token id",))
+    last = max(image, pad) if type(pad) is int else image
+    if last < config.vocab_size:
+        return config
+    rows = -(-(last + 1) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    return dataclasses.replace(config, vocab_size=rows)
 
 
 def to_hf(config: LlavaConfig, dtype: str) -> dict[str, Any]:

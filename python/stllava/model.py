@@ -23,12 +23,12 @@ import stllava_c
 
 from .checkpoint import directory, names
 from .checkpoint.atomic import atomic_directory, current
-from .checkpoint.hf_processor import picture_settings, write_processor
+from .checkpoint.hf_processor import image_token, picture_settings, write_processor
 from .checkpoint.index import Format
 from .checkpoint.peft import LoraConfig
 from .checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, to_float32
 from .config import LlavaConfig
-from .config_hf import padded
+from .config_hf import padded, with_image_token
 from .errors import ConfigError, FormatError, NumericsError
 from .images import ImageProcessor, Picture
 from .text.interface import AnyTokenizer, has_tokenizer, load_tokenizer
@@ -146,6 +146,7 @@ class LlavaModel:
         """The files of `save_pretrained` into an existing directory, for those who add their own."""
         if self.lora and layout != "llava":
             raise ConfigError(f"layout {layout!r} is of full weights, but the model has adapters; merge_and_unload() them first", field="layout")
+        config = self.config if layout != "hf" else with_image_token(self.config, None if self._tokenizer is None else image_token(self._tokenizer))
         if self.lora:
             lora, llm = self.lora_tensors(), self.lora.get("llm")
             directory.write_adapter(directory_, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
@@ -154,13 +155,13 @@ class LlavaModel:
                                     (llm, self.lora.get("vit")), format=format,
                                     saved={n: t for n, t in self.tensors().items() if llm is not None and llm.saves(n)})
         else:
-            directory.write_full(directory_, self.config, self.tensors(), shard_size=shard_size, format=format, layout=layout)
+            directory.write_full(directory_, config, self.tensors(), shard_size=shard_size, format=format, layout=layout)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(directory_)
         if self._image_processor is not None:
             self._image_processor.save_pretrained(directory_)
         if layout == "hf":
-            write_processor(directory_, padded(self.config))
+            write_processor(directory_, padded(config))
 
     def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
         wanted = self.tensor_infos()
@@ -323,7 +324,7 @@ class LlavaModel:
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
-        """Inside the block the model computes without its adapters."""
+        """Inside the block the model computes without its adapters; weights that came with one (`modules_to_save`) stay."""
         before, self.adapters_enabled = self.adapters_enabled, False
         try:
             yield

@@ -84,6 +84,8 @@ def model_configs() -> dict[str, object]:
             "mistral": llama | {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 8},
             "new": llama | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
             "scaled": llama | {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "hf": {"model_type": "llava", "text_config": llama, "vision_config": tower, "image_token_index": 22, "vision_feature_layer": -2,
+                   "vision_feature_select_strategy": "full", "projector_hidden_act": "gelu"},
             "full": LlavaConfig.from_dict(llava).to_dict()}
 
 
@@ -138,7 +140,10 @@ def inputs() -> Iterator[tuple[str, str, bytes]]:
     yield "adapter_config", "good.json", strict_json.dump_object(lora.to_dict())
     yield from as_json("adapter_config", {"rslora": {"r": 8, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
                                           "expression": {"r": 8, "target_modules": "(a|b)+"}, "dora": {"r": 8, "use_dora": True},
-                                          "pattern": {"r": 8, "target_modules": ["v_proj"], "alpha_pattern": {"layers\\.0\\.v_proj": 3}}})
+                                          "pattern": {"r": 8, "target_modules": ["v_proj"], "alpha_pattern": {"layers\\.0\\.v_proj": 3}},
+                                          "look": {"r": 8, "target_modules": "^(?!.*vision)(?:.*)[qv]_proj{1,2}", "exclude_modules": "(?<=a)\\d+?$"},
+                                          "saved": {"r": 8, "target_modules": "all-linear", "modules_to_save": ["lm_head"], "exclude_modules": ["o_proj"],
+                                                    "rank_pattern": {"^model\\.layers\\.[0-9]+\\.mlp.*": 2}}})
     yield from as_json("config", model_configs())
     yield from as_json("preprocessor", {"clip": {"size": {"shortest_edge": 14}, "crop_size": {"height": 14, "width": 14}, "do_resize": True, "resample": 3,
                                                  "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.25], "rescale_factor": 1 / 255},

@@ -52,9 +52,9 @@ class Format:
     read: Callable[[Path], Any]
 
 
-def small_model() -> LlavaModel:
+def small_model(**changes: Any) -> LlavaModel:
     config = tiny.config(24, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64,
-                         mm_hidden_size=8, num_latents=2, mm_vision_config=VISION)
+                         mm_hidden_size=8, num_latents=2, mm_vision_config=VISION, **changes)
     return LlavaModel(config, fresh_weights(config, 0), image_processor=ImageProcessor(size=14))
 
 
@@ -178,10 +178,21 @@ def build(name: str, folder: Path) -> Format:
         return Format("json", {folder / name: json.dumps(case["tokenizer"]).encode()}, _tokenizer)
     if name in ("gguf", "mmproj"):
         return _gguf_files(folder, name)
+    if name in ("hf_config", "hf_processor"):
+        small_model(mm_projector_type="mlp2x_gelu").save_pretrained(folder / "m", layout="hf")
+        settings = folder / "m" / "preprocessor_config.json"
+        if name == "hf_processor":  # as transformers 5 writes it
+            (folder / "m" / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(settings.read_text()), "patch_size": 7}))
+            settings.unlink()
+        path = folder / "m" / ("config.json" if name == "hf_config" else "processor_config.json")
+        return Format("json", {path: path.read_bytes()}, lambda path: _model(path.parent))
     model = small_model()
-    if name == "adapter_config":
+    if name in ("adapter_config", "adapter_expressions"):
         model.save_pretrained(folder / "base")
-        model.add_lora(LoraConfig(r=2, lora_alpha=4, target_modules=frozenset({"q_proj", "down_proj"}), rank_pattern={"down_proj": 1}))
+        plain = LoraConfig(r=2, lora_alpha=4, target_modules=frozenset({"q_proj", "down_proj"}), rank_pattern={"down_proj": 1})
+        expressions = LoraConfig(r=2, lora_alpha=4, target_modules=r"^(?!.*(?:vision|lm_head)).*\.(?:q_proj|down_proj)", exclude_modules=r".*[kv]_proj",
+                                 rank_pattern={r"^model\.layers\.\d+\.mlp\.(up|down)_proj": 1}, alpha_pattern={"(q|k)_proj{1,2}": 3})
+        model.add_lora(plain if name == "adapter_config" else expressions)
         model.save_pretrained(folder / "adapter")
         path = folder / "adapter" / "adapter_config.json"
         return Format("json", {path: path.read_bytes()}, lambda path: _model(path.parent, model_base=folder / "base"))
@@ -243,8 +254,8 @@ def _gguf_files(folder: Path, name: str) -> Format:
     return Format("gguf", {path: path.read_bytes() for path in (plain, blocks)}, _gguf)
 
 
-FORMATS = ("safetensors", "index", "torch", "adapter_config", "config", "manifest", "tokenizer.model", "tokenizer_config", "added_tokens", "preprocessor",
-           "sft", "dpo", "jpeg", "png", "bmp", "gguf", "mmproj", "tokenizer.json")
+FORMATS = ("safetensors", "index", "torch", "adapter_config", "adapter_expressions", "config", "hf_config", "hf_processor", "manifest", "tokenizer.model",
+           "tokenizer_config", "added_tokens", "preprocessor", "sft", "dpo", "jpeg", "png", "bmp", "gguf", "mmproj", "tokenizer.json")
 
 
 def variant(name: str, format_: Format, case: int) -> tuple[Path, bytes]:

@@ -152,7 +152,7 @@ def change_json(data: bytes, rng: random.Random) -> bytes:
             taken = Raw(_dump(taken))
             inner[i] = (inner[i][0], taken) if is_pair else taken
         case 4 if type(value) is int:
-            value = rng.choice((value + 1, value - 1, -value, value * 2**32, value + 2**64, float(value)))
+            value = rng.choice((value + 1, value - 1, -value, value * 2**32, value + 2**64, float(min(value, 2**1000))))
             inner[i] = (inner[i][0], value) if is_pair else value
         case _:
             value = rng.choice(NASTY)

@@ -6,7 +6,7 @@ import formats
 import isolate
 import pytest
 
-SMALL = ("manifest", "tokenizer_config", "added_tokens", "preprocessor", "dpo")  # share their reader with another format
+SMALL = ("manifest", "tokenizer_config", "added_tokens", "preprocessor", "hf_processor", "adapter_expressions", "dpo")  # share their reader with another format
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)

@@ -31,6 +31,7 @@ def watched(call: Callable[[], Any]) -> dict[str, Any]:
     """What came of a call: {"outcome": "read" or the exception's name, "bad": why this is not allowed, "mb", "cpu_ms"}."""
     with warnings.catch_warnings(record=True) as leaked:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", ".*the adapter was made for", UserWarning)  # meant for the user
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before_kb, before_s = _kb("VmRSS"), _cpu_s()
         signal.setitimer(signal.ITIMER_PROF, CPU_S)

@@ -102,3 +102,18 @@ def test_projector_kinds_and_tied_head() -> None:
         "model.mm_projector.2.weight": (64, 64), "model.mm_projector.2.bias": (64,)}
     assert "lm_head.weight" not in names.expected_shapes(with_keys(tie_word_embeddings=True))
     assert names.decoder_linears(with_keys(num_key_value_heads=2))["model.layers.0.self_attn.k_proj"] == (32, 64)
+
+
+def test_towers_of_transformers_5_have_no_vision_model() -> None:
+    inner = names.TOWER + "vision_model.encoder.layers.0.mlp.fc1"
+    for convert, name in ((names.from_tower, "encoder.layers.0.mlp.fc1"), (names.from_full, names.TOWER + "encoder.layers.0.mlp.fc1"),
+                          (names.from_tower_adapter, "base_model.model.vision_tower.encoder.layers.0.mlp.fc1"),
+                          (names.from_decoder_adapter, "base_model.model.model.vision_tower.encoder.layers.0.mlp.fc1")):
+        assert convert(name) == convert(name.replace("encoder", "vision_model.encoder")) == inner
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", names.PROJECTOR + "0.bias", names.PROJECTOR + "2.weight",
+                                  names.TOWER + "vision_model.embeddings.class_embedding", "model.embed_tokens.weight"])
+def test_hf_names_there_and_back(name: str) -> None:
+    assert names.to_hf(name) != name and names.is_hf(names.to_hf(name)) and not names.is_hf(name)
+    assert names.from_full(names.to_hf(name)) == names.from_full(f"model.{names.to_hf(name)}") == names.from_full(name) == name

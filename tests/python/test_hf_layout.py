@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from stllava import config_hf
-from stllava.checkpoint import hf_processor, index, names
+from stllava.checkpoint import hf_processor, index, names, rewrite
 from stllava.checkpoint.directory import read_checkpoint, write_full
 from stllava.config import LlavaConfig, known_tower
 from stllava.errors import ConfigError, FormatError
@@ -112,6 +112,7 @@ def test_configuration_of_llava_1_5_7b_hf() -> None:
 
 
 @pytest.mark.parametrize("key, value", [
+    ("text_config__model_type", ["llama"]), ("vision_feature_select_strategy", ["default"]),
     ("projector_hidden_act", "relu"), ("multimodal_projector_bias", False), ("vision_feature_select_strategy", "cls"), ("vision_feature_layer", [-2, -5]),
     ("vision_feature_layer", "last"), ("image_token_index", -1), ("text_config__model_type", "qwen2"), ("vision_config__model_type", "siglip_vision_model"),
     ("text_config__rope_parameters", {"rope_type": "llama3", "factor": 8.0}), ("text_config__attention_bias", True), ("text_config", [1]),
@@ -167,6 +168,14 @@ def test_vocabulary_is_padded_by_rows_that_never_win(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == "LlavaImageProcessor"
     found.save_pretrained(tmp_path / "again", layout="hf")
     assert LlavaModel.from_pretrained(tmp_path / "again").config == found.config
+
+
+def test_rows_for_an_image_token_behind_the_vocabulary() -> None:
+    """A file may leave image_token_index at its default 32000 beside 32000 rows, which transformers cannot look up."""
+    config = dataclasses.replace(tiny.config(), extra={"image_token_index": 32000})
+    assert config_hf.padded(config).vocab_size == 32064
+    with pytest.raises(ConfigError, match="image_token_index is '<image>'"):
+        config_hf.padded(dataclasses.replace(config, extra={"image_token_index": "<image>"}))
 
 
 def test_padding_keeps_the_dtype(tmp_path: Path) -> None:
@@ -237,6 +246,29 @@ def test_a_vocabulary_that_does_not_fit_the_weights_is_named(tmp_path: Path) -> 
         hf_processor.write_processor(tmp_path, config)
 
 
+WORDS = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "Whitespace"},
+         "post_processor": None, "decoder": None, "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, "unk_token": "<unk>"}}
+
+
+def with_fast_tokenizer(folder: Path) -> LlavaModel:
+    """A model whose tokenizer has fewer tokens than the embedding rows, as vocabularies that were padded have."""
+    model = tiny.tiny_model(vocab_size=24, mm_projector_type="mlp2x_gelu", num_key_value_heads=2)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(WORDS))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "unk_token": "<unk>"}))
+    return model
+
+
+def test_added_tokens_are_the_first_free_ones(tmp_path: Path) -> None:
+    with_fast_tokenizer(tmp_path / "a")
+    rewrite.rewrite(read_checkpoint(tmp_path / "a"), [tmp_path / "a"], tmp_path / "b", rewrite.Target("hf"))
+    config = read_checkpoint(tmp_path / "b").config
+    assert (config.extra["image_token_index"], config.extra["pad_token_id"], config.vocab_size) == (5, 6, 24)
+    assert hf_processor.image_token_of_files(tmp_path / "b") == 5
+    Tokenizer(tiny.TOKENIZER, added_tokens={"<im_start>": 32000}).save_pretrained(tmp_path / "slow")
+    assert hf_processor.image_token_of_files(tmp_path / "slow") == 32001 and hf_processor.image_token_of_files(RECORDED) is None
+
+
 def test_fast_tokenizer_learns_the_tokens(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [{"id": 0, "content": "<unk>"}], "model": {}}))
     config = config_hf.padded(tiny.config(mm_projector_type="mlp2x_gelu"))
@@ -246,6 +278,21 @@ def test_fast_tokenizer_learns_the_tokens(tmp_path: Path) -> None:
     assert [(entry["id"], entry["content"]) for entry in entries] == [(0, "<unk>"), (32000, "<image>"), (32001, "<pad>")]
 
 
+@pytest.mark.parametrize("file, key", [("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")])
+def test_tokenizer_files_that_are_none(tmp_path: Path, file: str, key: str) -> None:
+    (tmp_path / file).write_text(json.dumps({key: 3}))
+    with pytest.raises(FormatError, match=f"{file}: {key} is a int"):
+        hf_processor.write_processor(tmp_path, config_hf.padded(tiny.config(mm_projector_type="mlp2x_gelu")))
+
+
+def test_a_padding_token_of_its_own_stays(tmp_path: Path) -> None:
+    Tokenizer(tiny.TOKENIZER).save_pretrained(tmp_path)
+    config = dataclasses.replace(tiny.config(32064, mm_projector_type="mlp2x_gelu"), extra={"image_token_index": 32000, "pad_token_id": 2})
+    hf_processor.write_processor(tmp_path, config)
+    assert json.loads((tmp_path / "added_tokens.json").read_text()) == {"<image>": 32000}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == "<unk>"
+
+
 # ---- transformers itself
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,3 +300,14 @@ def test_transformers_loads_what_we_write(tmp_path: Path, kind: str) -> None:
     LlavaModel.from_pretrained(RECORDED / kind).save_pretrained(tmp_path, layout="hf")
     ids, _, logits = expected(kind)
     np.testing.assert_array_equal(peers.logits(tmp_path, ids), logits)
+
+
+def test_its_processor_reads_what_convert_writes(tmp_path: Path) -> None:
+    """Text and picture in, logits out: their way and ours."""
+    model = with_fast_tokenizer(tmp_path / "a")
+    rewrite.rewrite(read_checkpoint(tmp_path / "a"), [tmp_path / "a"], tmp_path / "b", rewrite.Target("hf"))
+    picture = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    found = peers.processed(tmp_path / "b", "<s> <image> a b", picture)
+    assert found["ids"].tolist() == [1, *[5] * 16, 3, 4]
+    np.testing.assert_allclose(found["pixels"], model.image_processor(picture), rtol=0, atol=1e-6)  # measured 0
+    np.testing.assert_allclose(found["logits"], model.logits([1, -200, 3, 4], [found["pixels"]]), rtol=0, atol=1e-5)  # measured 8.4e-7

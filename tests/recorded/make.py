@@ -18,7 +18,7 @@ import numpy as np
 import peft
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 HERE = Path(__file__).parent
 IMAGE, N_TOKENS = 34, 16
@@ -120,8 +120,14 @@ def record_adapter(folder: str, adapted: Any, ids: list[int]) -> None:
 
 
 def check(directory: str) -> None:
-    """Prints the logits of a directory of ours as JSON: full weights, or an adapter on `base`; see tests/python/peers.py."""
+    """Writes the logits of a directory of ours: full weights, an adapter on `base`, or the whole way from a text and a picture; see tests/python/peers.py."""
     request = json.loads(Path(directory, "request.json").read_text())
+    if "text" in request:
+        inputs = AutoProcessor.from_pretrained(directory)(text=request["text"], images=np.load(Path(directory, "picture.npy")), return_tensors="pt")
+        with torch.no_grad():
+            found = LlavaForConditionalGeneration.from_pretrained(directory).eval()(**inputs).logits[0]
+        np.savez(Path(directory, "processed.npz"), ids=inputs["input_ids"][0], pixels=inputs["pixel_values"][0], logits=found)
+        return
     kind = LlavaForConditionalGeneration if -200 in request["ids"] else LlamaForCausalLM
     model = kind.from_pretrained(request.get("base", directory))
     if "base" in request:

@@ -262,7 +262,8 @@ def _note_another_base(checkpoint: Checkpoint, path: Path, base: Path) -> None:
     called = read_object(base / CONFIG_FILE).get("_name_or_path") if (base / CONFIG_FILE).exists() else None
     folders = [part.rpartition("--")[2] for part in base.resolve().parts[-3:]]  # models--NAME/snapshots/HASH in Hugging Face's cache
     if Path(made_for).name not in (Path(str(called)).name, *folders):
-        checkpoint.notes.append(f"{path}: the adapter was made for {made_for!r}, the base is {base}; if those are other weights, results are wrong")
+        checkpoint.notes.append(f"{path}: the adapter was made for {made_for[:200]!r}, the base is {base}; if those are other weights, "
+                                "results are wrong")
 
 
 def _replace(checkpoint: Checkpoint, name: str, array: np.ndarray, adapter: Adapter) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.strict_json import dump_object, read_object
@@ -17,11 +17,13 @@ from stllava.config import LlavaConfig
 from stllava.config_hf import IMAGE_TOKEN, PAD_TOKEN
 from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_ADDED_TOKENS, MAX_VOCABULARY
+from stllava.text.tokenizer import Tokenizer
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _ADDED, _TOKENIZER, _TOKENIZER_CONFIG = "added_tokens.json", "tokenizer.json", "tokenizer_config.json"
 _PLAIN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 _MAX_TOKENIZER_ITEMS = 16 * MAX_VOCABULARY
+T = TypeVar("T", dict[str, Any], list[Any])
 
 
 def picture_settings(directory: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]] | None:
@@ -41,6 +43,24 @@ def pads(directory: str | os.PathLike[str]) -> bool:
     return found is not None and found[1].get("do_pad") is True and str(found[1].get("image_processor_type")).startswith("Llava")
 
 
+def image_token(tokenizer: Tokenizer) -> int:
+    """Id of `<image>`, or the first that is free."""
+    return tokenizer.special_ids.get(IMAGE_TOKEN, tokenizer.vocab_size)
+
+
+def image_token_of_files(directory: str | os.PathLike[str]) -> int | None:
+    """The same of a directory's tokenizer; None if there is none."""
+    directory = Path(directory)
+    if (directory / _TOKENIZER).exists():
+        entries = [entry for entry in _entry(directory / _TOKENIZER, "added_tokens", []) if isinstance(entry, dict) and type(entry.get("id")) is int]
+        vocabulary = _entry(directory / _TOKENIZER, "model", {}).get("vocab")
+        added: dict[str, int] = {str(entry.get("content")): entry["id"] for entry in entries}
+        return added.get(IMAGE_TOKEN, max([len(vocabulary) if isinstance(vocabulary, dict | list) else 0, *(i + 1 for i in added.values())]))
+    if (directory / "tokenizer.model").exists():
+        return image_token(Tokenizer.from_pretrained(directory))
+    return None
+
+
 def write_processor(directory: str | os.PathLike[str], config: LlavaConfig) -> None:
     """Complete the picture settings and tokenizer files of a directory for LlavaProcessor; `config` is the `padded` one whose weights lie there."""
     directory = Path(directory)
@@ -51,14 +71,14 @@ def write_processor(directory: str | os.PathLike[str], config: LlavaConfig) -> N
     if (directory / PREPROCESSOR).exists():
         pad = config.image_aspect_ratio == "pad"
         _update(directory / PREPROCESSOR, {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if pad else {})
-    _add_tokens(directory, {IMAGE_TOKEN: config.extra["image_token_index"], PAD_TOKEN: config.extra.get("pad_token_id")})
+    image = config.extra["image_token_index"]
+    ours = config.extra.get("pad_token_id") == image + 1  # else the tokenizer has a padding token of its own
+    _add_tokens(directory, {IMAGE_TOKEN: image} | ({PAD_TOKEN: image + 1} if ours else {}))
 
 
-def _add_tokens(directory: Path, tokens: dict[str, Any]) -> None:
-    tokens = {token: i for token, i in tokens.items() if type(i) is int}
+def _add_tokens(directory: Path, tokens: dict[str, int]) -> None:
     if (directory / _TOKENIZER_CONFIG).exists():
-        values = read_object(directory / _TOKENIZER_CONFIG)
-        known = values.get("added_tokens_decoder") or {}
+        known = _entry(directory / _TOKENIZER_CONFIG, "added_tokens_decoder", {})
         known |= {str(i): {"content": token, **_PLAIN} for token, i in tokens.items()}
         _update(directory / _TOKENIZER_CONFIG, {"added_tokens_decoder": known, "image_token": IMAGE_TOKEN, "processor_class": "LlavaProcessor"}
                 | ({"pad_token": PAD_TOKEN} if PAD_TOKEN in tokens else {}))
@@ -71,12 +91,18 @@ def _add_tokens(directory: Path, tokens: dict[str, Any]) -> None:
                                   path=path, field=token)
         write_bytes(path, dump_object(added))
     if (directory / _TOKENIZER).exists():
-        values = read_object(directory / _TOKENIZER, _MAX_TOKENIZER_ITEMS)
-        entries = values.get("added_tokens") or []
-        there = {entry.get("content") for entry in entries}
+        entries = _entry(directory / _TOKENIZER, "added_tokens", [])
+        there = [entry.get("content") for entry in entries if isinstance(entry, dict)]
         entries += [{"id": i, "content": token, **_PLAIN} for token, i in tokens.items() if token not in there]
-        _update(directory / _TOKENIZER, {"added_tokens": entries}, _MAX_TOKENIZER_ITEMS)
+        _update(directory / _TOKENIZER, {"added_tokens": entries})
 
 
-def _update(path: Path, values: dict[str, Any], max_items: int | None = None) -> None:
-    write_bytes(path, dump_object((read_object(path) if max_items is None else read_object(path, max_items)) | values))
+def _entry(path: Path, key: str, default: T) -> T:
+    value = read_object(path, _MAX_TOKENIZER_ITEMS).get(key)
+    if not isinstance(value, type(default) | None):
+        raise FormatError(f"{path}: {key} is a {type(value).__name__}, want a {type(default).__name__}", path=path, field=key)
+    return default if value is None else value
+
+
+def _update(path: Path, values: dict[str, Any]) -> None:
+    write_bytes(path, dump_object(read_object(path, _MAX_TOKENIZER_ITEMS) | values))

@@ -19,8 +19,8 @@ MAX_DEPTH = 32
 MAX_REPEATS = 1000
 MAX_STEPS = 200_000
 _CLASSES: dict[str, Callable[[str], bool]] = {
-    "d": str.isdigit, "w": lambda c: c.isalnum() or c == "_", "s": str.isspace,
-    "D": lambda c: not c.isdigit(), "W": lambda c: not (c.isalnum() or c == "_"), "S": lambda c: not c.isspace()}
+    "d": str.isdecimal, "w": lambda c: c.isalnum() or c == "_", "s": str.isspace,
+    "D": lambda c: not c.isdecimal(), "W": lambda c: not (c.isalnum() or c == "_"), "S": lambda c: not c.isspace()}
 
 
 @dataclass

@@ -166,7 +166,9 @@ def lora_pair(module: str) -> tuple[str, str]:
 
 def from_full(name: str) -> str | None:
     """Full or merged weights of either layout -> canonical; None for buffers that are recomputed."""
-    return None if name.endswith(_BUFFER_ENDINGS) else from_hf(name)
+    if name.endswith(_BUFFER_ENDINGS):
+        return None
+    return _in_tower(name.removeprefix(TOWER)) if is_tower(name) else from_hf(name)
 
 
 def is_hf(name: str) -> bool:
@@ -246,7 +248,7 @@ def to_decoder_adapter(name: str) -> str:
 
 
 def from_tower_adapter(name: str) -> str:
-    return _TOWER_OWNER + name.removeprefix(_PEFT)
+    return _in_tower(name.removeprefix(_PEFT).removeprefix("vision_tower."))
 
 
 def to_tower_adapter(name: str) -> str:

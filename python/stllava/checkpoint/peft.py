@@ -92,6 +92,9 @@ class LoraConfig:
                 raise ConfigError(f"LoRA: {key} is {alpha!r}, want a positive number of at most {MAX_NUMBER:g}", field=key)
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"LoRA: lora_dropout is {self.lora_dropout!r}, want 0 <= p < 1", field="lora_dropout")
+        for key in ("base_model_name_or_path", "task_type"):
+            if not isinstance(getattr(self, key), str | None):
+                raise ConfigError(f"LoRA: {key} is {getattr(self, key)!r}, want a text or null", field=key)
         if self.bias != "none":
             raise ConfigError(f"LoRA: bias is {self.bias!r}, supported: 'none'", field="bias")
         if type(self.use_rslora) is not bool:
@@ -142,7 +145,7 @@ class LoraConfig:
     @property
     def made_for(self) -> str:
         """End of a message about a tensor that does not fit."""
-        return f"; it was made for {self.base_model_name_or_path!r}, is this another base?" if self.base_model_name_or_path else ""
+        return f"; it was made for {self.base_model_name_or_path[:200]!r}, is this another base?" if self.base_model_name_or_path else ""
 
     @property
     def is_plain(self) -> bool:

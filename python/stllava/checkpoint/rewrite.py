@@ -16,7 +16,7 @@ import numpy as np
 from stllava import config_hf
 from stllava.checkpoint import atomic, names
 from stllava.checkpoint.directory import Checkpoint, Layout, write_full
-from stllava.checkpoint.hf_processor import picture_settings, write_processor
+from stllava.checkpoint.hf_processor import image_token_of_files, picture_settings, write_processor
 from stllava.checkpoint.index import DEFAULT_SHARD_BYTES, Format
 from stllava.checkpoint.lock import LOCK
 from stllava.checkpoint.rounding import RoundingError, StoredDtype, rounded, target_dtypes
@@ -58,11 +58,12 @@ def rewrite(checkpoint: Checkpoint, sources: Iterable[str | os.PathLike[str] | N
         raise ConfigError(f"{out}: holds something that stllava did not write; choose a new directory", field="out")
     errors: dict[str, RoundingError] = {}
     with atomic.atomic_directory(out) as directory:
-        tensors = rounded(merged_tensors(checkpoint), target_dtypes(checkpoint.tensors, target.dtype), errors)
-        write_full(directory, checkpoint.config, tensors, target.shard_size, target.format, target.layout)
         _copy_small_files(checkpoint, folders, directory)
+        config = checkpoint.config if target.layout == "llava" else config_hf.with_image_token(checkpoint.config, image_token_of_files(directory))
+        tensors = rounded(merged_tensors(checkpoint), target_dtypes(checkpoint.tensors, target.dtype), errors)
+        write_full(directory, config, tensors, target.shard_size, target.format, target.layout)
         if target.layout == "hf":
-            write_processor(directory, config_hf.padded(checkpoint.config))
+            write_processor(directory, config_hf.padded(config))
     return errors
 
 
