@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -396,6 +398,20 @@ def test_models_that_llama_cpp_cannot_run_are_refused(tmp_path):
         write_gguf(out, large)
     assert not list(tmp_path.iterdir())
     write_gguf(out, large, dtype="bf16")
+
+
+def test_the_old_file_stands_when_the_new_one_cannot_be_written(written, monkeypatch):
+    before, write = written.read_bytes(), os.write
+
+    def full(descriptor: int, data: memoryview) -> int:
+        if os.fstat(descriptor).st_size > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[:5000])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"bytes are needed.*m\.gguf"):
+        write_gguf(written, decoder(), Tokenizer(SMALL_MODEL), dtype="bf16")
+    assert written.read_bytes() == before and list(written.parent.iterdir()) == [written]
 
 
 def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):

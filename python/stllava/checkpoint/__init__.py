@@ -10,6 +10,8 @@
     peft              LoRA adapters as PEFT writes them
     names             canonical tensor names, their shapes, and the names each file form uses
     directory         whole checkpoints: full, base + adapters, projector only; readers and writers
+    gguf_container    one .gguf file of llama.cpp: typed metadata and tensors; gguf_metadata reads its keys as settings
+    gguf_file         a decoder in such a file; gguf_mmproj: its tower and projector in another
 
 Import from the modules; this file imports nothing, so that `config` can use the lower ones.
 """

@@ -48,11 +48,13 @@ _GPT2_WORDS = _byte_level(use_regex=True)  # has GPT-2's rule built in
 _DIGITS_APART = _sequence({"type": "Digits", "individual_digits": True}, _GPT2_WORDS)
 _LLAMA3_WORDS = _sequence(_split(_LLAMA3), _byte_level(use_regex=False))
 _TEKKEN_WORDS = _sequence(_split(_TEKKEN), _byte_level(use_regex=False))
-# name -> (pre-tokenizer of tokenizer.json, whether a word that is a token is taken whole, whether a text starts with the begin token by default)
+# name -> (pre-tokenizer of tokenizer.json, whether a word that is a token is taken whole, whether a text starts with the begin token by default).
+# With each of them 104 awkward strings gave the ids of llama.cpp itself. The first name of a rule is the one that is written.
 _WORDS: dict[str, tuple[dict[str, Any], bool, bool]] = {
-    "gpt-2": (_GPT2_WORDS, False, False), "smollm": (_DIGITS_APART, False, False), "starcoder": (_DIGITS_APART, False, False),
-    "llama-bpe": (_LLAMA3_WORDS, True, True), "llama3": (_LLAMA3_WORDS, True, True), "llama-v3": (_LLAMA3_WORDS, True, True),
-    "tekken": (_TEKKEN_WORDS, True, True)}
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), (_GPT2_WORDS, False, False)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (_DIGITS_APART, False, False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3_WORDS, True, True)),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), (_LLAMA3_WORDS, False, False)), "tekken": (_TEKKEN_WORDS, True, True)}
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------------------
