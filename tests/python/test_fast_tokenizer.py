@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from text_data import load
 
-from stllava.conversation import Segment
+from stllava.conversation import Segment, check_template
 from stllava.errors import ConfigError, FormatError
 from stllava.text import Tokenizer, encode_conversation, load_tokenizer, tokenizer_image_token
 from stllava.text.encode import encode_segments
 from stllava.text.fast_tokenizer import FastTokenizer
+from stllava.text.labels import build_sample
 
 tokenizers = pytest.importorskip("tokenizers", reason="pip install 'stllava[tokenizers]'")
 
@@ -107,6 +108,15 @@ def test_whole_dialogues_are_those_of_the_slow_tokenizer(tmp_path):
     dialogue.append_message(dialogue.roles[1], None)
     fast = FastTokenizer.from_pretrained(write(tmp_path, "llama_prepend"))
     assert encode_conversation(dialogue, fast, 1) == encode_conversation(dialogue, Tokenizer(SMALL_MODEL), 1)
+
+
+def test_training_samples_are_those_of_the_slow_tokenizer(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nIs it </s> large?"}, {"from": "gpt", "value": "Yes, it is 12 mm."},
+             {"from": "human", "value": "What else?"}, {"from": "gpt", "value": "Nothing."}]
+    fast = FastTokenizer.from_pretrained(write(tmp_path, "llama_prepend"))
+    for template, options in (("v1", {}), ("v1_sq", {"switched": {2}}), ("llava_llama_2", {})):
+        check_template(template, fast)
+        assert build_sample(turns, template, fast, has_image=True, **options) == build_sample(turns, template, Tokenizer(SMALL_MODEL), has_image=True, **options)
 
 
 def test_directory_round_trip(case, tmp_path):

@@ -123,6 +123,22 @@ def test_every_quantised_type(tmp_path, kind):
         np.testing.assert_array_equal(file.array("a"), gguf.dequantize(data, kind))
 
 
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_other_alignments(tmp_path, alignment):
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_custom_alignment(alignment)
+    for i in range(3):
+        writer.add_tensor(f"t{i}", np.arange(5 + i, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = gguf_container.read(tmp_path / "a.gguf")
+    for i in range(3):
+        assert file.tensors[f"t{i}"].offset % alignment == 0
+        np.testing.assert_array_equal(file.array(f"t{i}"), np.arange(5 + i))
+
+
 @pytest.mark.parametrize("kind", ["Q8_1", "Q8_K", "Q1_0"])
 def test_types_that_the_package_does_not_unpack_are_named(tmp_path, kind):
     number, (block, n_bytes) = gguf.GGMLQuantizationType[kind], gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
@@ -256,6 +272,7 @@ def test_a_tower_comes_from_its_own_file(tmp_path):
     model = llava()
     write_gguf(tmp_path / "m.gguf", model, dtype="f32", mmproj=tmp_path / "mmproj.gguf")
     read = LlavaModel.from_pretrained(tmp_path / "m.gguf", vision_tower=tmp_path / "mmproj.gguf")
+    assert read.config.image_aspect_ratio == "pad" and read.image_processor.size == 28
     assert read.config.vision == dataclasses.replace(model.config.vision, num_hidden_layers=2) and read.config.mm_vision_select_layer == -1
     pixels = np.random.default_rng(0).standard_normal((3, 28, 28)).astype(np.float32)
     np.testing.assert_array_equal(read.encode_images([pixels]), model.encode_images([pixels]))
