@@ -24,6 +24,7 @@ from .checkpoint import directory, names
 from .checkpoint.atomic import atomic_directory, current
 from .checkpoint.index import Format
 from .checkpoint.peft import LoraConfig
+from .checkpoint.tensor_file import dtype_name, to_float32
 from .config import LlavaConfig
 from .errors import ConfigError, FormatError
 from .images import ImageProcessor, Picture
@@ -155,7 +156,8 @@ class LlavaModel:
         if problems:
             raise FormatError(f"{len(problems)} tensors do not fit the configuration:\n  " + "\n  ".join(problems[:20]))
         for name, array in tensors.items():
-            self.core.bind(name, np.ascontiguousarray(array, NUMPY_DTYPE[self.dtype]))
+            values = to_float32(array) if dtype_name(array) == "bf16" else array
+            self.core.bind(name, np.ascontiguousarray(values, NUMPY_DTYPE[self.dtype]))
 
     @property
     def tokenizer(self) -> AnyTokenizer:

@@ -268,6 +268,13 @@ def test_a_file_is_a_decoder_that_answers(written):
         LlavaModel.from_pretrained(written, model_base=written.parent)
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_a_file_of_half_precision_computes_with_its_values(tmp_path, dtype):
+    write_gguf(tmp_path / "m.gguf", decoder(), Tokenizer(SMALL_MODEL), dtype=dtype)
+    widened = {name: to_float32(array) for name, array in read_gguf(tmp_path / "m.gguf").tensors.items()}
+    np.testing.assert_array_equal(LlavaModel.from_pretrained(tmp_path / "m.gguf").logits([1, 5, 7]), LlavaModel(decoder().config, widened).logits([1, 5, 7]))
+
+
 def test_a_tower_comes_from_its_own_file(tmp_path):
     model = llava()
     write_gguf(tmp_path / "m.gguf", model, dtype="f32", mmproj=tmp_path / "mmproj.gguf")
