@@ -99,13 +99,13 @@ def parse_bool(text: str) -> bool:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_name_or_path", "--model_path", required=True, help="checkpoint directory")
+    parser.add_argument("--model_name_or_path", "--model_path", required=True, help="checkpoint directory, or a .gguf file")
     _loading_flags(parser)
 
 
 def _loading_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_base", help="base of an adapter directory")
-    parser.add_argument("--vision_tower", help="the tower's directory, where the checkpoint does not hold it")
+    parser.add_argument("--vision_tower", help="the tower's directory, where the checkpoint does not hold it; for a .gguf file its mmproj file")
     parser.add_argument("--dtype", default="f32", choices=("f32", "f64"))
     parser.add_argument("--num_threads", type=int, default=0, help="default: one per core")
 
@@ -135,7 +135,7 @@ def _data_flags(parser: argparse.ArgumentParser, template: str) -> None:
 
 def _data_options(args: argparse.Namespace, model: LlavaModel) -> dict[str, Any]:
     if not model.has_tokenizer or model.config.vision is None:
-        raise ValueError(f"{args.model_name_or_path} has no tokenizer.model or no vision tower; training from files needs both")
+        raise ValueError(f"{args.model_name_or_path} has no tokenizer or no vision tower; training from files needs both")
     return {"tokenizer": model.tokenizer, "image_processor": model.image_processor, "image_folder": args.image_folder, "template": args.version,
             "max_length": args.model_max_length, "tokens_per_image": model.core.tokens_per_image, "on_bad_sample": args.on_bad_sample}
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import json
 import os
@@ -56,6 +57,10 @@ def variants(**cases: Callable[[], Bomb]) -> None:
 
 def u64(n: int) -> bytes:
     return n.to_bytes(8, "little")
+
+
+for package in ("gguf", "tokenizers"):  # readers import them when they are needed, which is not the files' doing
+    importlib.import_module(package)
 
 
 def gguf_table(*, n_tensors: int = 0, n_keys: int = 0, version: int = 3, rest: bytes = b"") -> Bomb:

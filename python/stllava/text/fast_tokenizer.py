@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stllava.checkpoint import strict_json
 from stllava.checkpoint.atomic import make_directory, write_bytes
 from stllava.errors import ConfigError, FormatError
-from stllava.limits import MAX_ADDED_TOKENS, MAX_PIECE_BYTES, MAX_TOKENIZER_JSON_BYTES, MAX_TOKENIZER_JSON_ITEMS, MAX_VOCABULARY
-from stllava.paths import read_regular
+from stllava.text import tokenizer_json
 from stllava.text.interface import TOKENIZER_JSON
 from stllava.text.tokenizer import CONFIG_FILE, length_limit
 
@@ -100,7 +99,7 @@ class FastTokenizer:
     def _continuing(self) -> tokenizers.Tokenizer:
         """`_plain` in the middle of a text."""
         values = json.loads(self._backend.to_str())
-        first = [step for step in _steps(values["pre_tokenizer"]) if step.get("prepend_scheme") == "first"]
+        first = [step for step in tokenizer_json.steps(values["pre_tokenizer"], "pretokenizers") if step.get("prepend_scheme") == "first"]
         if not first:
             return self._plain
         for step in first:
@@ -144,7 +143,8 @@ class FastTokenizer:
         if eos is None:
             raise FormatError(f"{config_path}: eos_token is missing; no answer would end", path=config_path, field="eos_token")
         try:
-            return cls(_read(path), eos_token=eos, add_bos=config.get("add_bos_token"), model_max_length=length_limit(config, config_path), **texts)
+            return cls(build(tokenizer_json.read(path), path), eos_token=eos, add_bos=config.get("add_bos_token"),
+                       model_max_length=length_limit(config, config_path), **texts)
         except ConfigError as error:
             if error.path is not None:
                 raise
@@ -187,41 +187,6 @@ def build(text: str, path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read(path: Path) -> tokenizers.Tokenizer:
-    data = read_regular(path, MAX_TOKENIZER_JSON_BYTES)
-    if strict_json.n_items(data) > MAX_TOKENIZER_JSON_ITEMS:
-        raise FormatError(f"{path}: more than {MAX_TOKENIZER_JSON_ITEMS} items", path=path)
-    values = strict_json.parse_object(data, path)
-    model = values.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise ConfigError(f"{path}: model.type is {str(model.get('type') if isinstance(model, dict) else model)[:80]!r}, supported: 'BPE'", path=path,
-                          field="model.type")
-    if model.get("dropout") is not None:
-        raise ConfigError(f"{path}: model.dropout is {str(model['dropout'])[:80]}: one text would have many encodings, want null", path=path,
-                          field="model.dropout")
-    vocabulary, added = model.get("vocab"), values.get("added_tokens") or []
-    if not isinstance(vocabulary, dict) or not isinstance(added, list) or len(added) > MAX_ADDED_TOKENS:
-        raise FormatError(f"{path}: want a table model.vocab and at most {MAX_ADDED_TOKENS} added_tokens", path=path, field="model.vocab")
-    by_id: dict[int, str] = {}
-    for text, i in vocabulary.items():
-        _check_token(text, i, by_id, path)
-    for token in added:
-        if not isinstance(token, dict):
-            raise FormatError(f"{path}: added_tokens holds {str(token)[:80]!r}, want objects", path=path, field="added_tokens")
-        _check_token(token.get("content"), token.get("id"), by_id, path)
-    return build(data.decode("utf-8"), path)
-
-
-def _check_token(text: object, i: object, by_id: dict[int, str], path: Path) -> None:
-    """by_id: tokens so far, to which this one is added."""
-    if not isinstance(text, str) or not text or len(text.encode("utf-8", "surrogatepass")) > MAX_PIECE_BYTES or type(i) is not int \
-            or not 0 <= i < MAX_VOCABULARY:
-        raise FormatError(f"{path}: token {str(text)[:80]!r}: {str(i)[:80]}, want a text of 1 to {MAX_PIECE_BYTES} bytes and an id from 0 to "
-                          f"{MAX_VOCABULARY - 1}", path=path, field=str(text)[:80])
-    if by_id.setdefault(i, text) != text:
-        raise FormatError(f"{path}: tokens {by_id[i][:80]!r} and {text[:80]!r} share the id {i}", path=path, field=text[:80])
-
-
 def _token_text(value: object, key: str, path: Path) -> str | None:
     """A token is its text, or an object with the text as `content`."""
     if isinstance(value, Mapping):
@@ -243,10 +208,3 @@ def _without_special(text: str) -> tokenizers.Tokenizer:
     backend = Tokenizer.from_str(text)
     backend.encode_special_tokens = True
     return backend
-
-
-def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, sequences unfolded."""
-    if pre_tokenizer is None:
-        return []
-    return [step for inner in pre_tokenizer["pretokenizers"] for step in _steps(inner)] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]

@@ -22,14 +22,11 @@ from stllava.text.fast_tokenizer import FastTokenizer, build
 from stllava.text.interface import AnyTokenizer
 from stllava.text.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
 from stllava.text.tokenizer import Tokenizer
+from stllava.text.tokenizer_json import LLAMA3, TEKKEN, check_merges
 
 _ROOT = "tokenizer.ggml."
 _TYPES = range(NORMAL, BYTE + 1)
 _UNKNOWN_SCORE = -1e4  # of tokens that fill up a vocabulary: never a merge
-
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-           r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def _byte_level(*, use_regex: bool) -> dict[str, Any]:
@@ -46,13 +43,15 @@ def _split(pattern: str) -> dict[str, Any]:
 
 _GPT2_WORDS = _byte_level(use_regex=True)  # has GPT-2's rule built in
 _DIGITS_APART = _sequence({"type": "Digits", "individual_digits": True}, _GPT2_WORDS)
-_LLAMA3_WORDS = _sequence(_split(_LLAMA3), _byte_level(use_regex=False))
-_TEKKEN_WORDS = _sequence(_split(_TEKKEN), _byte_level(use_regex=False))
-# name -> (pre-tokenizer of tokenizer.json, whether a word that is a token is taken whole, whether a text starts with the begin token by default)
+_LLAMA3_WORDS = _sequence(_split(LLAMA3), _byte_level(use_regex=False))
+_TEKKEN_WORDS = _sequence(_split(TEKKEN), _byte_level(use_regex=False))
+# name -> (pre-tokenizer of tokenizer.json, whether a word that is a token is taken whole, whether a text starts with the begin token by default).
+# With each of them 104 awkward strings gave the ids of llama.cpp itself. The first name of a rule is the one that is written.
 _WORDS: dict[str, tuple[dict[str, Any], bool, bool]] = {
-    "gpt-2": (_GPT2_WORDS, False, False), "smollm": (_DIGITS_APART, False, False), "starcoder": (_DIGITS_APART, False, False),
-    "llama-bpe": (_LLAMA3_WORDS, True, True), "llama3": (_LLAMA3_WORDS, True, True), "llama-v3": (_LLAMA3_WORDS, True, True),
-    "tekken": (_TEKKEN_WORDS, True, True)}
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), (_GPT2_WORDS, False, False)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (_DIGITS_APART, False, False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3_WORDS, True, True)),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), (_LLAMA3_WORDS, False, False)), "tekken": (_TEKKEN_WORDS, True, True)}
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------------------
@@ -117,16 +116,15 @@ def _byte_level_bpe(file: GgufFile, tokens: list[str], types: list[int], length:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise FormatError(f"{file.path}: {_ROOT}tokens: a token is there twice", path=file.path, field=_ROOT + "tokens")
-    merges = [merge.split(" ") for merge in _strings(file, "merges")]
-    if (bad := next((i for i, merge in enumerate(merges) if len(merge) != 2), None)) is not None:
-        raise FormatError(f"{file.path}: {_ROOT}merges: merge {bad} is {' '.join(merges[bad])[:80]!r}, want two tokens with a blank between",
-                          path=file.path, field=_ROOT + "merges")
+    merges = _strings(file, "merges")
+    check_merges(merges, vocabulary, file.path, _ROOT + "merges")
     added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": kind != USER_DEFINED}
              for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in (CONTROL, USER_DEFINED)]
     values = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "pre_tokenizer": words,
               "post_processor": None, "decoder": _byte_level(use_regex=True),
               "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                        "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole, "vocab": vocabulary, "merges": merges}}
+                        "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole, "vocab": vocabulary,
+                        "merges": [merge.split(" ") for merge in merges]}}
     special = {f"{ours}_token": None if i is None else tokens[i] for ours, i in (
         (ours, _token(file, theirs, tokens, None)) for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")))}
     eos = special.pop("eos_token")
