@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_checkpoint import VERBS as CHECKPOINT_VERBS
-from .cli_use import VERBS as USE_VERBS
+from .cli_use import VERBS as USE_VERBS, template_for
 from .errors import StllavaError
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def run_eval(args: argparse.Namespace) -> None:
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
     model = _model(args)
-    answers = answer_questions(model, items, lambda name: str(inside(folder, name)), template=cli_use.template_for(args, model),
+    answers = answer_questions(model, items, lambda name: str(inside(folder, name)), template=template_for(args, model),
                                max_new_tokens=args.max_new_tokens, out=args.answers_file, model_id=model_name_of(args.model_name_or_path))
     print_report(evaluate_vqa(items, answers, args.metrics))
 

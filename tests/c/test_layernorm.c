@@ -32,7 +32,10 @@ static run new_run(shape s)
     return r;
 }
 
-static stv_norm norm_of(const run *r) { return (stv_norm){stv_stored_reals(r->weight), stv_stored_reals(r->bias), r->frozen ? NULL : r->dweight, r->frozen ? NULL : r->dbias, 1e-5}; }
+static stv_norm norm_of(const run *r)
+{
+    return (stv_norm){stv_stored_reals(r->weight), stv_stored_reals(r->bias), r->frozen ? NULL : r->dweight, r->frozen ? NULL : r->dbias, 1e-5};
+}
 
 static void forward(stv_exec *x, void *context)
 {

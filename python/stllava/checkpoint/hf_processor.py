@@ -17,6 +17,7 @@ from stllava.config import LlavaConfig
 from stllava.config_hf import IMAGE_TOKEN, PAD_TOKEN
 from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_ADDED_TOKENS, MAX_VOCABULARY
+from stllava.text.interface import AnyTokenizer
 from stllava.text.tokenizer import Tokenizer
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -43,7 +44,7 @@ def pads(directory: str | os.PathLike[str]) -> bool:
     return found is not None and found[1].get("do_pad") is True and str(found[1].get("image_processor_type")).startswith("Llava")
 
 
-def image_token(tokenizer: Tokenizer) -> int:
+def image_token(tokenizer: AnyTokenizer) -> int:
     """Id of `<image>`, or the first that is free."""
     return tokenizer.special_ids.get(IMAGE_TOKEN, tokenizer.vocab_size)
 
