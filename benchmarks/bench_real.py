@@ -55,7 +55,7 @@ def decode() -> Iterator[Row]:
 
 def questions() -> Iterator[Row]:
     return against_transformers("questions_12", "questions", "one image, 12 questions of 32 tokens, answers of 20, two 7B layers; the peer one after the other",
-                                rounds=2)
+                                rounds=1)
 
 
 def linears() -> Iterator[Row]:
