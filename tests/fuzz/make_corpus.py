@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stllava.checkpoint import safetensors_file, strict_json, torch_pickle, torch_zip
+from stllava.checkpoint import gguf_container, safetensors_file, strict_json, torch_pickle, torch_zip
 from stllava.checkpoint.peft import LoraConfig
 from stllava.config import LlavaConfig
 
@@ -112,6 +112,45 @@ def core_trees() -> dict[str, bytes]:
             "no_image": bytes([1, 32]) + root + bytes([0, 1])}
 
 
+def fast_tokenizers() -> dict[str, object]:
+    special = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+               for i, text in enumerate(("<unk>", "<s>", "</s>"))]
+    pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "\u0120", "I", "s", "i", "t", "Is", "\u2581I", "\u2581Is", "a", "x"]
+    model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+             "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": [["\u2581", "I"], ["\u2581I", "s"], ["I", "s"]]}
+    shared = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None, "post_processor": None, "model": model}
+    begin = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+             "pair": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+    words = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                                   {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
+    first = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    decoder = {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                                                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    return {"words": shared | {"pre_tokenizer": words, "decoder": words["pretokenizers"][1]},
+            "prepend": shared | {"normalizer": prepend, "pre_tokenizer": None, "decoder": decoder, "post_processor": begin},
+            "first": shared | {"pre_tokenizer": first, "decoder": decoder}}
+
+
+def gguf_files(scratch: Path) -> dict[str, bytes]:
+    settings = {"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 8, "llama.embedding_length": 4, "llama.feed_forward_length": 4,
+                "llama.attention.head_count": 2, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 1e4}
+    pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "I", "s", "Is", "\u2581I"]
+    own = {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": np.array([2, 3, 3, 1, 1, 1, 1, 1, 1], np.int32), "tokenizer.ggml.eos_token_id": 2,
+           "tokenizer.ggml.bos_token_id": 1}
+    weights = {"token_embd.weight": np.ones((9, 4), np.float32), "output_norm.weight": np.ones(4, np.float16)}
+    files = {}
+    for name, keys in {"llama": {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": -np.arange(9, dtype=np.float32)},
+                       "gpt2": {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.merges": ["I s", "\u2581 I"]}}.items():
+        gguf_container.write(scratch, settings | own | keys, weights)
+        files[name] = scratch.read_bytes()
+    scratch.unlink()
+    for name, kind, n_values, n_bytes in (("q8_0", 8, 32, 34), ("q4_k", 12, 256, 144), ("iq2_xxs", 16, 256, 66)):
+        table = b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, n_values, kind, 0)
+        files[name] = table.ljust(64, b"\0") + bytes(range(n_bytes))
+    return files
+
+
 def inputs() -> Iterator[tuple[str, str, bytes]]:
     """(target, file, content)"""
     def as_json(target: str, values: dict[str, object]) -> Iterator[tuple[str, str, bytes]]:
@@ -153,6 +192,9 @@ def inputs() -> Iterator[tuple[str, str, bytes]]:
     for name, text in {"legacy": '{"legacy":true,"model_max_length":2048}\n{"<pad>":300,"<im_start>":301}', "new": '{"legacy":false,"add_bos_token":true}',
                        "eos": '{"add_eos_token":true}', "longest": '{"model_max_length":1e30}\n{"":1}'}.items():
         yield "tokenizer_config", f"{name}.txt", text.encode()
+    yield from as_json("tokenizer_json", fast_tokenizers())
+    for name, data in gguf_files(scratch).items():
+        yield "gguf", f"{name}.gguf", data
     lines = [json.dumps(record).encode() for record in records()]
     yield "records", "lines.jsonl", b"\n".join([*lines, b"", b"  "])
     yield "records", "list.json", b"[" + b",".join(lines) + b"]"

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stllava.checkpoint import index, peft, safetensors_file, strict_json, torch_pickle, torch_zip
+from stllava.checkpoint import gguf_container, index, peft, safetensors_file, strict_json, torch_pickle, torch_zip
+from stllava.checkpoint.gguf_file import read_config
 from stllava.checkpoint.tensor_file import FLOAT_DTYPES, TensorFile, count_nonfinite, dtype_name, to_float32
 from stllava.config import LlavaConfig
 from stllava.constants import IGNORE_INDEX
@@ -25,6 +26,7 @@ from stllava.data.records import read_jsonl, read_records
 from stllava.errors import StllavaError
 from stllava.images import ImageProcessor, load_image
 from stllava.selftrain.judge_parse import NO_SCORES, parse_scores
+from stllava.text import AnyTokenizer, gguf_tokenizer, load_tokenizer
 from stllava.text.labels import build_sample, draw_switches
 from stllava.text.tokenizer import Tokenizer
 
@@ -129,6 +131,28 @@ def tokenizer(data: bytes) -> None:
     _use(Tokenizer(_write("tokenizer.model", data)))
 
 
+def tokenizer_json(data: bytes) -> None:
+    if not (folder() / "fast" / "tokenizer_config.json").exists():
+        _write("fast/tokenizer_config.json", b'{"eos_token":"</s>","bos_token":"<s>"}')
+    _write("fast/tokenizer.json", data)
+    _use(load_tokenizer(folder() / "fast"))
+
+
+def gguf(data: bytes) -> None:
+    """Every tensor, the vocabulary, and the settings."""
+    file = gguf_container.read(_write("model.gguf", data))
+    for name, entry in file.tensors.items():
+        assert math.prod(entry.shape) <= 64 * len(data), f"{name}: more values than the file can hold"
+        array = file.array(name)
+        assert array.shape == entry.shape
+        count_nonfinite(array)
+    read = gguf_tokenizer.from_gguf(file)
+    if read is not None:
+        _use(read)
+    if "general.architecture" in file.metadata:
+        read_config(file)
+
+
 def tokenizer_config(data: bytes) -> None:
     """The two JSON files beside the model: the first line, and the rest."""
     if not (folder() / "tokenizer" / "tokenizer.model").exists():
@@ -139,7 +163,7 @@ def tokenizer_config(data: bytes) -> None:
     _use(Tokenizer.from_pretrained(folder() / "tokenizer"))
 
 
-def _use(tokenizer: Tokenizer) -> None:
+def _use(tokenizer: AnyTokenizer) -> None:
     for text in TEXTS:
         for special in (True, False):
             ids = tokenizer.encode(text, parse_special=special)
@@ -194,6 +218,7 @@ def judge(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "strict_json": strict, "safetensors": safetensors, "torch_zip": torch_file, "torch_pickle": torch_program, "index": shard_index,
     "adapter_config": adapter_config, "config": config, "preprocessor": preprocessor, "tokenizer": tokenizer, "tokenizer_config": tokenizer_config,
+    "tokenizer_json": tokenizer_json, "gguf": gguf,
     "records": records, "conversation": conversation, "picture": picture, "judge": judge}
 
 

@@ -45,6 +45,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _MAX_STRIPPED
 
 
+def _is_zero(value: Any) -> bool:
+    return type(value) is int and value == 0
+
+
 def _is_text(value: Any) -> bool:
     """{"String": short text}, which is found as it is."""
     return isinstance(value, dict) and value.keys() == {"String"} and _is_short(value["String"])
@@ -72,7 +76,7 @@ _PRE_TOKENIZERS: _Parts = {
     "Split": {"pattern": _is_pattern, "behavior": _one_of("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"),
               "invert": _is_bool}}
 _DECODERS: _Parts = {"ByteLevel": _BYTE_LEVEL, "Replace": {"pattern": _is_text, "content": _is_short}, "ByteFallback": {}, "Fuse": {},
-                     "Strip": {"content": _is_character, "start": _is_count, "stop": _is_count}, "Metaspace": _METASPACE}
+                     "Strip": {"content": _is_character, "start": _is_count, "stop": _is_zero}, "Metaspace": _METASPACE}
 _POST_PROCESSORS: _Parts = {"ByteLevel": _BYTE_LEVEL, "TemplateProcessing": {"single": _any, "pair": _any, "special_tokens": _any}}
 _STEPS = {"normalizer": ("normalizers", _NORMALIZERS), "pre_tokenizer": ("pretokenizers", _PRE_TOKENIZERS), "decoder": ("decoders", _DECODERS),
           "post_processor": ("processors", _POST_PROCESSORS)}
