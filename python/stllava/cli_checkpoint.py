@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -48,9 +49,10 @@ def _print(found: Description, with_tensors: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
     console = Console(file=sys.stdout)
-    console.print(f"[bold]{escape(found.path)}[/bold]: {found.form}\n  told by {found.why}", highlight=False)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    say(f"[bold]{escape(found.path)}[/bold]: {found.form}\n  told by {found.why}")
     if found.problem is not None:
-        console.print(f"[red]cannot be loaded:[/red] {escape(found.problem)}", highlight=False)
+        say(f"[red]cannot be loaded:[/red] {escape(found.problem)}")
     table = Table(title="loaded" if found.problem is None else "what is there", title_justify="left")
     for heading in ("part", "file", "dtype"):
         table.add_column(heading, overflow="fold")
@@ -60,15 +62,15 @@ def _print(found: Description, with_tensors: bool) -> None:
         table.add_row(row.part, escape(_short(row.file, found.path)), row.dtype, str(row.n_tensors), f"{row.n_values:,}", _mb(row.n_bytes))
     console.print(table)
     for adapter in found.adapters:
-        console.print(f"adapter on the {adapter['part']}, {adapter['n_modules']} modules: "
-                      + escape(", ".join(f"{key} {value}" for key, value in adapter.items() if key not in ("part", "n_modules"))), highlight=False)
+        say(f"adapter on the {adapter['part']}, {adapter['n_modules']} modules: "
+            + escape(", ".join(f"{key} {value}" for key, value in adapter.items() if key not in ("part", "n_modules"))))
     if found.memory:
-        console.print("memory of the weights, MB: " + ", ".join(f"{dtype} {_mb(size)}" for dtype, size in found.memory.items()), highlight=False)
+        say("memory of the weights, MB: " + ", ".join(f"{dtype} {_mb(size)}" for dtype, size in found.memory.items()))
     for heading, lines in (("note", found.notes), ("left out", found.ignored)):
         for line in lines if with_tensors else lines[:MAX_LINES]:
-            console.print(f"{heading}: {escape(line)}", highlight=False)
+            say(f"{heading}: {escape(line)}")
         if len(lines) > MAX_LINES and not with_tensors:
-            console.print(f"{heading}: {len(lines) - MAX_LINES} more, with --tensors", highlight=False)
+            say(f"{heading}: {len(lines) - MAX_LINES} more, with --tensors")
     if with_tensors:
         tensors = Table("tensor", "shape", "dtype", "file")
         for tensor in found.tensors:
