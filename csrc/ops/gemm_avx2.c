@@ -5,7 +5,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 STV_TARGET_BEGIN("avx2,fma,f16c")
-#include "ops/gemm_pack_avx.h"
+#include "ops/gemm_row_avx.h"
 
 #define KERNEL stv_gemm_avx2_f32
 #define REAL float
@@ -18,6 +18,7 @@ STV_TARGET_BEGIN("avx2,fma,f16c")
 #define LOAD_HALVES(p, dtype) load_8(p, dtype)
 #define TRANSPOSE_8X8 transpose_8x8
 #define TRANSPOSE_PART transpose_part
+#define ROW row
 #include "ops/gemm_kernel.h"
 
 #define KERNEL stv_gemm_avx2_f64

@@ -6,7 +6,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 STV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#include "ops/gemm_pack_avx.h"
+#include "ops/gemm_row_avx.h"
 
 STV_INLINE __m512 load_16(const void *from, stv_dtype dtype)
 {
@@ -26,6 +26,7 @@ STV_INLINE __m512 load_16(const void *from, stv_dtype dtype)
 #define LOAD_HALVES(p, dtype) load_16(p, dtype)
 #define TRANSPOSE_8X8 transpose_8x8
 #define TRANSPOSE_PART transpose_part
+#define ROW row
 #include "ops/gemm_kernel.h"
 
 #define KERNEL stv_gemm_avx512_f64

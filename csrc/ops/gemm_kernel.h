@@ -7,6 +7,7 @@
  *     SPLAT(s)     all lanes = s                              FMA(a, b, c) a*b + c
  *     LOAD_HALVES(p, dtype)           optional, a vector from VEC_LANES halves
  *     TRANSPOSE_8X8, TRANSPOSE_PART   optional, see transpose()
+ *     ROW                             optional, the kernel's row()
  *
  * and includes this header again gets the kernel. Whatever the tile, an output is one chain of FMAs over k in order, so the tile's shape, and the
  * place of a row or column in it, never change a bit; AVX2 and AVX-512 even agree with each other. */
@@ -33,6 +34,9 @@ typedef struct stv_gemm_kernel {
     void (*copy)(void *dst, int64_t dst_stride, stv_stored src, int64_t src_stride, int64_t rows, int64_t cols);
     /* dst[j*dst_stride + i] = src[i*src_stride + j], i < rows, j < cols, widened; may write zeros up to the next multiple of 8 rows. */
     void (*transpose)(void *dst, int64_t dst_stride, stv_stored src, int64_t src_stride, int64_t rows, int64_t cols);
+    /* y[j] = (add ? y[j] : 0) + sum_k a[k] * b[j*b_stride + k], j < cols, k < depth: what tile() gives after transpose(), without the detour through
+     * memory. NULL: there is none. */
+    void (*row)(void *y, const void *a, stv_stored b, int64_t b_stride, int64_t cols, int64_t depth, bool add);
 } stv_gemm_kernel;
 
 extern const stv_gemm_kernel stv_gemm_portable_f32, stv_gemm_portable_f64;
@@ -48,6 +52,9 @@ extern const stv_gemm_kernel stv_gemm_avx2_f32, stv_gemm_avx2_f64, stv_gemm_avx5
 #if defined(KERNEL)
 #define LOCAL(name) STV_GEMM_PASTE(KERNEL, name)
 #define TILE_COLS (TILE_VECS * VEC_LANES)
+#if !defined(ROW)
+#define ROW NULL
+#endif
 
 /* The first `cols` columns of a tile that is wider: half vectors, then the rest. */
 static __attribute__((noinline)) void LOCAL(store_part)(REAL *y, int64_t y_stride, const REAL *tile, int64_t rows, int64_t cols, bool add)
@@ -213,9 +220,11 @@ const stv_gemm_kernel KERNEL = {sizeof(REAL) == sizeof(double) ? STV_DTYPE_F64 :
                                 VEC_LANES,
                                 LOCAL(tile),
                                 LOCAL(copy),
-                                LOCAL(transpose)};
+                                LOCAL(transpose),
+                                ROW};
 
 #undef LOCAL
+#undef ROW
 #undef TILE_COLS
 #undef KERNEL
 #undef REAL

@@ -40,37 +40,52 @@ STV_INLINE __m256 load_part(const void *from, int64_t n, stv_dtype dtype)
     return widened_8(_mm_loadu_si128((const __m128i *)halves), dtype);
 }
 
-/* 4 x 4 within the 128-bit halves of eight registers: r[i], i < 4, holds columns 0-3 of rows i and i+4, r[4+i] columns 4-7. */
-STV_INLINE void store_transposed(float *dst, int64_t dst_stride, const __m256 r[8], int64_t cols)
+/* 4 x 4 within the 128-bit halves of eight registers: r[i], i < 4, holds columns 0-3 of rows i and i+4, r[4+i] columns 4-7; out[j] is column j. */
+STV_INLINE void transpose_halves(__m256 out[8], const __m256 r[8])
 {
 #pragma GCC unroll 2
     for (int half = 0; half < 8; half += 4) {
         __m256 t0 = _mm256_unpacklo_ps(r[half], r[half + 1]), t1 = _mm256_unpackhi_ps(r[half], r[half + 1]);
         __m256 t2 = _mm256_unpacklo_ps(r[half + 2], r[half + 3]), t3 = _mm256_unpackhi_ps(r[half + 2], r[half + 3]);
-        __m256 out[4] = {_mm256_shuffle_ps(t0, t2, 0x44), _mm256_shuffle_ps(t0, t2, 0xEE), _mm256_shuffle_ps(t1, t3, 0x44),
-                         _mm256_shuffle_ps(t1, t3, 0xEE)};
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            if (half + j < cols) _mm256_storeu_ps(dst + (half + j) * dst_stride, out[j]);
+        out[half] = _mm256_shuffle_ps(t0, t2, 0x44);
+        out[half + 1] = _mm256_shuffle_ps(t0, t2, 0xEE);
+        out[half + 2] = _mm256_shuffle_ps(t1, t3, 0x44);
+        out[half + 3] = _mm256_shuffle_ps(t1, t3, 0xEE);
     }
+}
+
+/* out[j][i] = src[i][j], i < 8, j < 8; of bf16 also two neighbours at a time, each pair as one float. */
+STV_INLINE void transposed_8x8(__m256 out[8], stv_stored src, int64_t src_stride, const bool pairs)
+{
+    __m256 r[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        stv_stored low = stv_stored_from(src, (i & 3) * src_stride + (i & 4) * (1 + pairs)), high = stv_stored_from(low, 4 * src_stride);
+        if (pairs) low.dtype = STV_DTYPE_F32;
+        r[i] = load_4_4(low, high);
+    }
+    transpose_halves(out, r);
+}
+
+STV_INLINE void store_columns(float *dst, int64_t dst_stride, const __m256 column[8], int64_t cols)
+{
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++)
+        if (j < cols) _mm256_storeu_ps(dst + j * dst_stride, column[j]);
 }
 
 /* dst[j][i] = src[i][j], i < 8, j < 8. */
 STV_INLINE void transpose_8x8(float *dst, int64_t dst_stride, stv_stored src, int64_t src_stride)
 {
-    __m256 r[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        int64_t low = (i & 3) * src_stride + (i & 4);
-        r[i] = load_4_4(stv_stored_from(src, low), stv_stored_from(src, low + 4 * src_stride));
-    }
-    store_transposed(dst, dst_stride, r, 8);
+    __m256 column[8];
+    transposed_8x8(column, src, src_stride, false);
+    store_columns(dst, dst_stride, column, 8);
 }
 
 /* The same for i < rows <= 8, j < cols <= 8: reads nothing beyond, writes zeros for rows <= i < 8. */
 STV_INLINE void transpose_part(float *dst, int64_t dst_stride, stv_stored src, int64_t src_stride, int64_t rows, int64_t cols)
 {
-    __m256 in[8], r[8];
+    __m256 in[8], r[8], column[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
         const void *row = stv_stored_from(src, i * src_stride).data;
@@ -81,7 +96,8 @@ STV_INLINE void transpose_part(float *dst, int64_t dst_stride, stv_stored src, i
         r[i] = _mm256_permute2f128_ps(in[i], in[i + 4], 0x20);
         r[i + 4] = _mm256_permute2f128_ps(in[i], in[i + 4], 0x31);
     }
-    store_transposed(dst, dst_stride, r, cols);
+    transpose_halves(column, r);
+    store_columns(dst, dst_stride, column, cols);
 }
 
 #endif
