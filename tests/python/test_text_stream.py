@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import text_data
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from stllava.text.stream import TextStream
 
@@ -17,7 +17,7 @@ def pieces_of(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[TextStream, l
     return stream, [*(stream.add(i) for i in ids), stream.close()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(tokens, max_size=30))
 def test_pieces_are_the_text(ids):
     stream, pieces = pieces_of(ids)
@@ -25,12 +25,18 @@ def test_pieces_are_the_text(ids):
     assert not stream.stopped
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
+@example([], ["b", "aba"], "aba")
 @given(st.lists(tokens, max_size=20), st.lists(st.text("ab #\n", min_size=1, max_size=4), max_size=3), st.text("ab #\né長🩻", max_size=30))
-def test_the_text_ends_before_the_first_stop_string(ids, stop, words):
+def test_the_text_ends_before_the_stop_string_that_is_complete_first(ids, stop, words):
     ids = [*ids, *TOKENIZER.encode(words, add_bos=False, parse_special=False)]
-    whole = TOKENIZER.decode(ids)
-    cut = min((at for at in map(whole.find, stop) if at >= 0), default=-1)
+    for n in range(len(ids) + 1):
+        whole = TOKENIZER.decode(ids[:n])
+        if n < len(ids) and whole.endswith("\N{REPLACEMENT CHARACTER}"):
+            continue  # perhaps half a character
+        cut = min((at for at in map(whole.find, stop) if at >= 0), default=-1)
+        if cut >= 0:
+            break
     stream, pieces = pieces_of(ids, tuple(stop))
     assert stream.stopped == (cut >= 0)
     assert "".join(pieces) == stream.text == (whole if cut < 0 else whole[:cut]).strip()

@@ -16,9 +16,9 @@ _HALF = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """The text of one continuation.
 
-    What `add` and `close` return, joined, is `text`: the tokens' text without white space at either end, cut before the first stop string. A piece is
-    held back as long as it may be the beginning of a stop string, half of a character, or white space at the end. Special tokens, and ids of a padded
-    vocabulary that the tokenizer does not know, have no text.
+    What `add` and `close` return, joined, is `text`: the tokens' text without white space at either end, cut before the stop string that is complete
+    first (of several that one token completes, the one that begins first). A piece is held back as long as it may be the beginning of a stop string,
+    half of a character, or white space at the end. Special tokens, and ids of a padded vocabulary that the tokenizer does not know, have no text.
 
     Only the last tokens are decoded again for each new one: their text may depend on each other, that of older ones does not.
     """
