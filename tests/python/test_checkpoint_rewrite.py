@@ -14,12 +14,14 @@ import tiny
 
 from stllava.checkpoint import describe, directory, index, names, rewrite, rounding
 from stllava.checkpoint.describe import Description
-from stllava.checkpoint.directory import read_checkpoint
+from stllava.checkpoint.directory import Checkpoint, read_checkpoint
 from stllava.checkpoint.rewrite import Target
-from stllava.checkpoint.rounding import RoundingError, round_to, rounded
-from stllava.checkpoint.tensor_file import Deferred, count_nonfinite, dtype_name, to_float32
+from stllava.checkpoint.rounding import RoundingError, rounded
+from stllava.checkpoint.tensor_file import Deferred, count_nonfinite, dtype_name, round_to, to_float32
+from stllava.demo.base import fresh_weights
 from stllava.errors import ConfigError, FormatError, NumericsError
 from stllava.model import LlavaModel
+from stllava.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "goldens" / "checkpoint_files"
 RECORDED = Path(__file__).parents[1] / "recorded"
@@ -223,3 +225,14 @@ def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(directory, "count_nonfinite", lambda array: pytest.fail("a weight was looked at"))
     found = describe.describe(tmp_path)
     assert found.problem is None and found.memory["f16"] == end == 13_476_831_232
+
+
+def test_a_gguf_file_and_its_tower(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="reads GGUF's quantised blocks")
+    from stllava.checkpoint.gguf_file import write_gguf
+    model, tower, config = tmp_path / "m.gguf", tmp_path / "mmproj.gguf", tiny.config(mm_projector_type="mlp2x_gelu")
+    write_gguf(model, Checkpoint(config, fresh_weights(config, 0)), Tokenizer(tiny.TOKENIZER), mmproj=tower)
+    assert parts(describe.describe(model)).keys() == {"decoder"}
+    found = describe.describe(model, vision_tower=tower)
+    assert found.problem is None and parts(found).keys() == {"decoder", "projector", "vision tower"} and found.memory["f32"] > 0
+    assert "vision" in str(describe.describe(tower).problem) or "architecture" in str(describe.describe(tower).problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,10 @@ def describe(path: str | os.PathLike[str], model_base: str | os.PathLike[str] | 
              vision_tower: str | os.PathLike[str] | None = None) -> Description:
     """Raises FormatError or OSError where there is nothing to describe; what only stands against loading is the description's `problem`."""
     path = Path(path)
+    if path.suffix == ".gguf":
+        found = _describe_gguf(path, None if vision_tower is None else Path(vision_tower))
+        found.memory = _memory(found)
+        return found
     if path.is_file():
         found = Description(str(path), "a weight file", f"its name ends in {path.suffix}")
         file = read_file(path)
@@ -83,9 +88,13 @@ def describe(path: str | os.PathLike[str], model_base: str | os.PathLike[str] | 
     found.ignored, found.notes = checkpoint.ignored, checkpoint.notes
     _add_tensors(found, checkpoint.tensors | checkpoint.lora, checkpoint.sources)
     _add_adapters(found, checkpoint)
-    n_values = sum(row.n_values for row in found.rows)
-    found.memory = {dtype: n_values * size for dtype, size in BYTES_PER_VALUE.items()}
+    found.memory = _memory(found)
     return found
+
+
+def _memory(found: Description) -> dict[str, int]:
+    n_values = sum(row.n_values for row in found.rows) if found.problem is None else 0
+    return {dtype: n_values * size for dtype, size in BYTES_PER_VALUE.items()} if n_values else {}
 
 
 _TOWER = "a vision tower"
@@ -108,15 +117,40 @@ def _form(path: Path) -> tuple[str, str]:
     return "trained parts on a base", "neither weights nor adapter_config.json"
 
 
+def _describe_gguf(path: Path, mmproj: Path | None) -> Description:
+    """From the table of tensors; blocks stay packed here, but are f32 once they are loaded."""
+    from stllava.checkpoint import gguf_container, gguf_file, gguf_mmproj
+    file = gguf_container.read(path)
+    architecture = file.metadata.get("general.architecture")
+    found = Description(str(path), "a GGUF file of llama.cpp", f"its name ends in .gguf, general.architecture is {architecture}")
+    try:
+        config = gguf_file.read_config(file)
+        places = [(gguf_file.from_gguf(file, name) or name, file, name) for name in file.tensors]
+        if mmproj is not None:
+            tower = gguf_container.read(mmproj)
+            config = gguf_mmproj.add_vision(config, tower)
+            places += [(canonical, tower, name) for canonical, name in gguf_mmproj.canonical_names(config, tower)]
+    except StllavaError as error:
+        found.problem = str(error)
+        places = [(name, file, name) for name in file.tensors]
+    for canonical, source, name in places:
+        entry = source.tensors[name]
+        _add_tensor(found, canonical, entry.shape, entry.kind, entry.n_bytes, str(source.path))
+    return found
+
+
 def _add_tensors(found: Description, tensors: Mapping[str, np.ndarray], sources: Mapping[str, Path], file: str = "") -> None:
-    rows = {(row.part, row.file, row.dtype): row for row in found.rows}
     for name, array in tensors.items():
-        dtype, source = dtype_name(array), str(sources.get(name, file))
-        part = names.part_of(names.from_hf(name.removeprefix("base_model.model."))) + (", adapter" if "lora_" in name else "")
-        row = rows.setdefault((part, source, dtype), Row(part, source, dtype))
-        row.n_tensors, row.n_values, row.n_bytes = row.n_tensors + 1, row.n_values + array.size, row.n_bytes + array.nbytes
-        found.tensors.append({"name": name, "shape": list(array.shape), "dtype": dtype, "file": source})
-    found.rows = list(rows.values())
+        _add_tensor(found, name, array.shape, dtype_name(array), array.nbytes, str(sources.get(name, file)))
+
+
+def _add_tensor(found: Description, name: str, shape: tuple[int, ...], dtype: str, n_bytes: int, file: str) -> None:
+    part = names.part_of(names.from_hf(name.removeprefix("base_model.model."))) + (", adapter" if "lora_" in name else "")
+    row = next((row for row in found.rows if (row.part, row.file, row.dtype) == (part, file, dtype)), None)
+    if row is None:
+        found.rows.append(row := Row(part, file, dtype))
+    row.n_tensors, row.n_values, row.n_bytes = row.n_tensors + 1, row.n_values + math.prod(shape), row.n_bytes + n_bytes
+    found.tensors.append({"name": name, "shape": list(shape), "dtype": dtype, "file": file})
 
 
 def _add_files(found: Description, path: Path) -> None:

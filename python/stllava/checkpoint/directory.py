@@ -29,9 +29,9 @@ from stllava.checkpoint.adapters import VIT_LORA, read_adapters
 from stllava.checkpoint.hf_processor import pads
 from stllava.checkpoint.index import DEFAULT_SHARD_BYTES, Format, has_weights, read_file, read_weights, write_file, write_weights
 from stllava.checkpoint.peft import Adapter, LoraConfig
-from stllava.checkpoint.rounding import mean_of_rows, round_to
+from stllava.checkpoint.rounding import mean_of_rows
 from stllava.checkpoint.strict_json import read_object
-from stllava.checkpoint.tensor_file import FLOAT_DTYPES, Deferred, Tensor, TensorFile, count_nonfinite, dtype_name, values_of
+from stllava.checkpoint.tensor_file import FLOAT_DTYPES, Deferred, Tensor, TensorFile, count_nonfinite, dtype_name, round_to, values_of
 from stllava.config import LlavaConfig, VisionConfig, known_tower
 from stllava.config_fields import CONFIG_FILE
 from stllava.errors import ConfigError, FormatError, NumericsError

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from stllava.checkpoint.names import part_of
-from stllava.checkpoint.tensor_file import FLOAT_DTYPES, NUMPY_DTYPES, Deferred, Tensor, count_nonfinite, dtype_name, to_float32, values_of
+from stllava.checkpoint.tensor_file import FLOAT_DTYPES, NUMPY_DTYPES, Deferred, Tensor, count_nonfinite, dtype_name, round_to, to_float32, values_of
 from stllava.errors import NumericsError
 
 StoredDtype = Literal["keep", "f32", "f16", "bf16"]
@@ -45,16 +45,6 @@ class RoundingError:
         self.absolute, self.relative = max(self.absolute, largest), max(self.relative, float(difference.max(initial=0.0)))
         self.n_to_zero += int(np.count_nonzero(old)) - int(np.count_nonzero(new))
         return True
-
-
-def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
-    """f32 or f64 `values` in one of FLOAT_DTYPES (bf16 as uint16), to nearest even; what is too large becomes infinite."""
-    if dtype != "bf16":
-        with np.errstate(over="ignore"):
-            return values.astype(NUMPY_DTYPES[dtype])
-    with np.errstate(over="ignore"):
-        bits = np.asarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def wide(values: np.ndarray) -> np.ndarray:

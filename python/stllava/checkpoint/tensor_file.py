@@ -118,7 +118,7 @@ def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bf16" and dtype_name(array) != "bf16":
         bits = to_float32(array).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-        return np.where((bits & 0x7FFFFFFF) > 0x7F800000, bits >> 16 | 0x40, rounded).astype(np.uint16)
+        return np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).astype(np.uint16)
     if dtype == "f16" and dtype_name(array) != "f16":
         with np.errstate(over="ignore"):
             return (to_float32(array) if dtype_name(array) == "bf16" else array).astype(np.float16)
