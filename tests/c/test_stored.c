@@ -178,7 +178,8 @@ static void generation(void)
     for (int wide = 0; wide < 2; wide++) {
         tiny t = open_one(&config, &spec, 1 + wide, wide);
         t.options.train = t.options.mean_logit = false;
-        stv_generate_options options = {.sampling = {.temperature = 1, .top_p = 0.9}, .n_per_sequence = 2, .repetition_penalty = 1, .max_new_tokens = MAX_NEW};
+        stv_generate_options options = {
+            .sampling = {.temperature = 1, .top_p = 0.9}, .n_per_sequence = 2, .repetition_penalty = 1, .max_new_tokens = MAX_NEW};
         stv_generator *generator = NULL;
         if (!CHECK_OK(stv_generator_create(&generator, t.model, t.batch, &t.options, &options))) return;
         CHECK_INT(stv_generator_n(generator), 10);

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +154,25 @@ def test_missing_file_directory_and_fifo(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none", "no such file"), (tmp_path, "not a regular"), (tmp_path / "fifo", "not a regular")):
         with pytest.raises(FormatError, match=message):
             safetensors_file.read(path)
+
+
+@pytest.mark.parametrize("cut, status", [(True, -signal.SIGBUS), (False, 0)])
+def test_a_mapped_file_may_be_replaced_but_not_cut(tmp_path: Path, cut: bool, status: int) -> None:
+    """As tensor_file says: the system ends a process that reads a page that is gone. What is replaced whole, as our writers do, stays readable."""
+    path = tmp_path / "x.safetensors"
+    safetensors_file.write(path, {"w": np.ones(1 << 16)})
+    change = "os.truncate(path, 4096)" if cut else "safetensors_file.write(path, {'w': np.zeros(1)})"
+    code = f"""
+import os, sys
+import numpy as np
+from stllava.checkpoint import safetensors_file
+path = sys.argv[1]
+w = safetensors_file.read(path)["w"]
+{change}
+assert w.sum() == 1 << 16
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
 
 
 def test_what_cannot_be_stored_is_refused_before_the_file_changes(tmp_path: Path) -> None:
