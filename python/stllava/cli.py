@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_checkpoint import VERBS as CHECKPOINT_VERBS
+from .cli_flags import add_fields, load_model, model_flags, parse_bool, take_fields
 from .cli_use import VERBS as USE_VERBS, template_for
 from .errors import StllavaError
 
@@ -53,70 +51,7 @@ def _underscores(word: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else word
 
 
-# ---- flags from dataclass fields ---------------------------------------------------------------------------------------------
-
-
-def add_fields(parser: argparse.ArgumentParser, cls: type, *, skip: Sequence[str] = ()) -> None:
-    """One --flag per field. Booleans take no value (true) or true/false/yes/no/1/0; lists take several values."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if not field.init or field.name in skip:
-            continue
-        kind, many = _kind(hints[field.name])
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        options: dict[str, Any] = {"dest": field.name, "required": required, "default": argparse.SUPPRESS, "metavar": kind.__name__.upper()}
-        if not required:
-            options["help"] = f"default {field.default}"
-        if kind is bool:
-            options |= {"type": parse_bool, "nargs": "?", "const": True}
-        else:
-            options |= {"type": kind, "nargs": "+" if many else None}
-        parser.add_argument(f"--{field.name}", **options)
-
-
-def take_fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The given values of `cls`'s fields."""
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if f.init and hasattr(args, f.name)}
-    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in values.items()}
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """(element type, several values?) of a field's annotation: the first of str, float, int, bool it names."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    many = any(typing.get_origin(option) is list for option in options)
-    flat = [typing.get_args(option)[0] if typing.get_origin(option) is list else option for option in options]
-    return next(kind for kind in (str, float, int, bool) if kind in flat), many
-
-
-def parse_bool(text: str) -> bool:
-    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a truth value; use true or false")
-    return values[text.lower()]
-
-
 # ---- verbs -------------------------------------------------------------------------------------------------------------------
-
-
-def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_name_or_path", "--model_path", required=True, help="checkpoint directory, or a .gguf file")
-    _loading_flags(parser)
-
-
-def _loading_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_base", help="base of an adapter directory")
-    parser.add_argument("--vision_tower", help="the tower's directory, where the checkpoint does not hold it; for a .gguf file its mmproj file")
-    parser.add_argument("--dtype", default="f32", choices=("f32", "f64"))
-    parser.add_argument("--num_threads", type=int, default=0, help="default: one per core")
-
-
-def _model(args: argparse.Namespace) -> LlavaModel:
-    import stllava_c
-
-    from .model import LlavaModel
-    if args.num_threads > 0:
-        stllava_c.set_num_threads(args.num_threads)
-    return LlavaModel.from_pretrained(args.model_name_or_path, args.model_base, dtype=args.dtype, vision_tower=args.vision_tower)
 
 
 def _data_flags(parser: argparse.ArgumentParser, template: str) -> None:
@@ -144,7 +79,7 @@ def _train(args: argparse.Namespace, config: type, dataset: type, trainer: type,
     from .checkpoint.peft import LoraConfig
     from .data.sft import summary
     from .train.terminate import TERMINATED, Terminated
-    model = _model(args)
+    model = load_model(args)
     settings = config(**take_fields(args, config))
     data = dataset(args.data_path, **_data_options(args, model), **data_options)
     if data.problems:
@@ -167,7 +102,7 @@ def _train(args: argparse.Namespace, config: type, dataset: type, trainer: type,
 def add_sft(parser: argparse.ArgumentParser) -> None:
     """Stage 1: visual self-questioning SFT."""
     from .train.arguments import SFTConfig
-    _model_flags(parser)
+    model_flags(parser)
     _data_flags(parser, "v1_sq")
     parser.add_argument("--sq_r", type=float, default=0.5)
     add_fields(parser, SFTConfig)
@@ -183,7 +118,7 @@ def run_sft(args: argparse.Namespace) -> int:
 def add_dpo(parser: argparse.ArgumentParser) -> None:
     """Stage 2: preference training."""
     from .train.arguments import DPOConfig
-    _model_flags(parser)
+    model_flags(parser)
     _data_flags(parser, "v1")
     add_fields(parser, DPOConfig)
 
@@ -203,7 +138,7 @@ def _step_flags(parser: argparse.ArgumentParser, settings: type) -> None:
 def add_ask(parser: argparse.ArgumentParser) -> None:
     """Self-training, step A: describe images, ask questions about them."""
     from .selftrain.ask import AskSettings
-    _model_flags(parser)
+    model_flags(parser)
     parser.add_argument("--image_folder", required=True)
     _step_flags(parser, AskSettings)
 
@@ -215,7 +150,7 @@ def run_ask(args: argparse.Namespace) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise ValueError(f"{folder}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    ask(_model(args), [(name, str(inside(folder, name))) for name in names], AskSettings(**take_fields(args, AskSettings)), out=args.out)
+    ask(load_model(args), [(name, str(inside(folder, name))) for name in names], AskSettings(**take_fields(args, AskSettings)), out=args.out)
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tga", ".tif", ".tiff"}
@@ -224,7 +159,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tga", ".tif", ".tif
 def add_answer(parser: argparse.ArgumentParser) -> None:
     """Self-training, step B: answer every question several times."""
     from .selftrain.answer import AnswerSettings
-    _model_flags(parser)
+    model_flags(parser)
     parser.add_argument("--questions", required=True, help="output of `stllava ask`")
     parser.add_argument("--image_folder", required=True)
     _step_flags(parser, AnswerSettings)
@@ -236,7 +171,7 @@ def run_answer(args: argparse.Namespace) -> None:
     from .selftrain.answer import AnswerSettings, answer
     folder = Path(args.image_folder)
     settings = AnswerSettings(**take_fields(args, AnswerSettings))
-    answer(_model(args), read_jsonl(args.questions), lambda name: str(inside(folder, name)), settings, out=args.out)
+    answer(load_model(args), read_jsonl(args.questions), lambda name: str(inside(folder, name)), settings, out=args.out)
 
 
 def add_judge(parser: argparse.ArgumentParser) -> None:
@@ -274,7 +209,7 @@ def run_pairs(args: argparse.Namespace) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """Answer a VQA test file greedily and score it."""
-    _model_flags(parser)
+    model_flags(parser)
     parser.add_argument("--question_file", required=True, help="LLaVA-Med test items (JSON)")
     parser.add_argument("--image_folder", required=True)
     parser.add_argument("--answers_file", default=None, help="JSON lines; continued if it exists")
@@ -292,7 +227,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from .paths import inside
     items = read_records(args.question_file)
     folder = Path(args.image_folder)
-    model = _model(args)
+    model = load_model(args)
     answers = answer_questions(model, items, lambda name: str(inside(folder, name)), template=template_for(args, model),
                                max_new_tokens=args.max_new_tokens, out=args.answers_file, model_id=model_name_of(args.model_name_or_path))
     print_report(evaluate_vqa(items, answers, args.metrics))

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_flags import add_fields, load_model, loading_flags, model_flags, take_fields
 from .errors import StllavaError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ HELP = """/image FILE   shows a picture with what you say next
 
 
 def _decoding_flags(parser: argparse.ArgumentParser) -> None:
-    from .cli import add_fields
     from .generation import DecodingSettings
     add_fields(parser, DecodingSettings, skip=("stop",))
     parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="texts that end an answer, besides the template's")
@@ -35,7 +35,6 @@ def _decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _decoding(args: argparse.Namespace) -> dict[str, Any]:
-    from .cli import take_fields
     from .generation import DecodingSettings
     return take_fields(args, DecodingSettings) | {"stop": tuple(args.stop)}
 
@@ -56,17 +55,15 @@ def template_for(args: argparse.Namespace, model: LlavaModel) -> str:
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
     """Talk with a checkpoint, about pictures or without; reads lines from the terminal or a pipe."""
-    from .cli import _loading_flags
     parser.epilog = "Lines that begin with a slash: " + HELP.replace("\n", "; ")
     parser.add_argument("model_name_or_path", metavar="DIR", help="checkpoint directory")
-    _loading_flags(parser)
+    loading_flags(parser)
     parser.add_argument("--image", "--image_file", default=None, help="a picture to begin with")
     _decoding_flags(parser)
 
 
 def run_chat(args: argparse.Namespace) -> int:
-    from .cli import _model
-    model = _model(args)
+    model = load_model(args)
     session = model.chat_session(template_for(args, model), seed=args.seed, **_decoding(args))
     terminal = sys.stdin.isatty()
     if terminal:
@@ -143,8 +140,7 @@ class _Talk:
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     """Answer a question file (LLaVA's model_vqa): JSON lines in, JSON lines out, continued if the answers file exists."""
-    from .cli import _model_flags
-    _model_flags(parser)
+    model_flags(parser)
     parser.add_argument("--question_file", required=True, help="JSON lines (or a JSON list) of {question_id, image, text}")
     parser.add_argument("--image_folder", default=None, help="where the images are; questions without an image need none")
     parser.add_argument("--answers_file", required=True, help="JSON lines of {question_id, prompt, text, answer_id, model_id, metadata}")
@@ -157,7 +153,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from .cli import _model
     from .conv_mode import model_name_of
     from .data.chunks import get_chunk
     from .data.records import read_records
@@ -173,7 +168,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if unknown:
         print(f"stllava generate: {args.question_file}: fields not used: {', '.join(unknown[:20])}", file=sys.stderr)
     image_of = _images_in(args.image_folder, [question.image for question in questions if question.image is not None])
-    model = _model(args)
+    model = load_model(args)
     cache = FeatureCache(args.feature_cache, model) if args.feature_cache is not None else None
     rows = answer_questions(model, questions, image_of, template=template_for(args, model), batch_size=args.batch_size, out=args.answers_file,
                             feature_cache=cache, label="generate", model_id=model_name_of(args.model_name_or_path), seed=args.seed, **_decoding(args))
