@@ -98,7 +98,8 @@ const stv_model_config *stv_model_get_config(const stv_model *model);
 int64_t stv_model_tokens_per_image(const stv_model *model); /* T; 0 without a tower */
 
 /* Tensors are known by the names of a full LLaVA checkpoint (model.layers.0.self_attn.q_proj.weight, model.mm_projector.f.weight,
- * model.vision_tower.vision_tower.vision_model.…); adapters by <module>.lora_A.weight (r,K) and <module>.lora_B.weight (N,r). */
+ * model.vision_tower.vision_tower.vision_model.…); adapters by <module>.lora_A.weight (r,K) and <module>.lora_B.weight (N,r),
+ * those of DoRA also by <module>.lora_magnitude_vector.weight (N). */
 typedef struct stv_tensor_info {
     const char *name; /* valid as long as the model */
     int ndim;
@@ -120,9 +121,9 @@ int64_t stv_model_find(const stv_model *model, const char *name); /* -1: no such
  * the model with widened values. A trainable tensor is copied into the flat buffer instead. Errors: name, shape, dtype. */
 stv_status stv_model_bind(stv_model *model, const char *name, stv_stored values, int64_t size);
 
-/* Puts an adapter on a linear module ("model.layers.0.mlp.up_proj"); its two tensors appear unbound at the end of the table.
+/* Puts an adapter on a linear module ("model.layers.0.mlp.up_proj"); its two tensors, three of DoRA, appear unbound at the end of the table.
  * scale = alpha/r (alpha/sqrt(r) for rsLoRA). Errors: name (no such linear), argument, state (has one already, or runs exist). */
-stv_status stv_model_add_lora(stv_model *model, const char *name, int64_t rank, double scale, double dropout);
+stv_status stv_model_add_lora(stv_model *model, const char *name, int64_t rank, double scale, double dropout, bool dora);
 int64_t stv_model_n_linear(const stv_model *model);
 const char *stv_model_linear_name(const stv_model *model, int64_t i); /* modules that can carry an adapter */
 
@@ -134,7 +135,8 @@ void *stv_model_theta(stv_model *model);               /* (n_trainable) real; NU
 void *stv_model_grad(stv_model *model);
 stv_status stv_model_zero_grad(stv_model *model);
 
-/* W <- W + s B A in memory of the model's own while merged (the base stays where it is); adapters are then skipped.
+/* W <- W + s B A, its rows stretched to the magnitudes of DoRA, in memory of the model's own while merged (the base stays where it is); adapters are
+ * then skipped.
  * unmerge forgets the merged copies: exact. Errors: state, memory. */
 stv_status stv_model_merge_lora(stv_model *model);
 stv_status stv_model_unmerge_lora(stv_model *model);

@@ -16,7 +16,8 @@ stv_status stv_llava_create(stv_llava_pass **out, const stv_model *model)
     pass->vision.layers = stv_alloc_zero(n_vision * sizeof *pass->vision.layers);
     pass->vision.hidden = stv_alloc_zero((n_vision + 1) * sizeof *pass->vision.hidden);
     pass->decoder.layers = stv_alloc_zero(n_decoder * sizeof *pass->decoder.layers);
-    if (!pass->vision.layers || !pass->vision.hidden || !pass->decoder.layers) {
+    pass->norms = stv_alloc_zero((size_t)model->n_norms * sizeof *pass->norms);
+    if (!pass->vision.layers || !pass->vision.hidden || !pass->decoder.layers || !pass->norms) {
         stv_llava_free(pass);
         return stv_fail(STV_ERR_MEMORY, "no memory for a pass over %zu layers", n_vision + n_decoder);
     }
@@ -31,6 +32,7 @@ void stv_llava_free(stv_llava_pass *pass)
     stv_free(pass->vision.layers);
     stv_free(pass->vision.hidden);
     stv_free(pass->decoder.layers);
+    stv_free(pass->norms);
     stv_free(pass);
 }
 
@@ -42,7 +44,9 @@ stv_status stv_llava_init(stv_llava_pass *pass, const stv_batch *batch, const st
     pass->batch = batch;
     pass->options = *options;
     pass->options.n_images = n_images;
-    pass->weights = pass->vision_weights = stv_weights_init(model, options);
+    pass->weights = stv_weights_init(model, options);
+    pass->weights.norms = pass->norms;
+    pass->vision_weights = pass->weights;
     pass->vision_weights.grads = options->train && options->vision_grad;
     pass->tower_grad = pass->features_grad = false;
     pass->features = pass->embeddings = NULL;
@@ -98,6 +102,7 @@ void stv_llava_rows(stv_exec *x, stv_llava_pass *pass)
     pass->embeddings = stv_reals(x, rows->n_rows, D);
     stv_splice_forward(x, pass->embeddings, stv_weight(&pass->weights, table), pass->features, rows->row_token, rows->row_feature, rows->n_rows, D);
     pass->decoder.input_grad = pass->features_grad || stv_weight_grad(&pass->weights, table);
+    stv_weights_find_norms(x, &pass->weights, STV_PART_DECODER, false);
     pass->stream = stv_decoder_forward(x, &pass->decoder, pass->embeddings);
 }
 

@@ -21,6 +21,7 @@
 typedef struct stv_llava_pass {
     const stv_model *model;
     stv_image_rows image_rows; /* owned */
+    real *norms;               /* (model->n_norms), owned; what forward leaves in them stays for backward, and for more rows */
     /* set by init */
     const stv_batch *batch; /* NULL: images only */
     stv_forward_options options;

@@ -93,8 +93,14 @@ static int add_module(builder *b, const char *name, int64_t n_out, int64_t n_in,
         b->out_of_memory = true;
         return 0;
     }
-    m->modules[m->n_modules] =
-        (stv_module){.name = copy, .part = b->part, .influences = b->influences, .weight = weight, .bias = bias_number, .lora_a = -1, .lora_b = -1};
+    m->modules[m->n_modules] = (stv_module){.name = copy,
+                                            .part = b->part,
+                                            .influences = b->influences,
+                                            .weight = weight,
+                                            .bias = bias_number,
+                                            .lora_a = -1,
+                                            .lora_b = -1,
+                                            .magnitude = -1};
     return m->n_modules++;
 }
 
@@ -336,7 +342,7 @@ stv_status stv_model_bind(stv_model *model, const char *name, stv_stored values,
     return STV_OK;
 }
 
-stv_status stv_model_add_lora(stv_model *model, const char *name, int64_t rank, double scale, double dropout)
+stv_status stv_model_add_lora(stv_model *model, const char *name, int64_t rank, double scale, double dropout, bool dora)
 {
     int64_t i = stv_params_find_module(model, name);
     if (i < 0) return stv_fail(STV_ERR_NAME, "add_lora: no linear module \"%s\" that can carry an adapter", name);
@@ -351,18 +357,27 @@ stv_status stv_model_add_lora(stv_model *model, const char *name, int64_t rank, 
 
     builder b = {.model = model, .part = model->modules[i].part, .influences = model->modules[i].influences, .adapter = true};
     text t;
+    int n_before = model->n_params, magnitude = -1;
     int a_number = add_matrix(&b, join(t, "%s.lora_A.weight", name), rank, n_in);
-    if (!b.out_of_memory) {
-        int b_number = add_matrix(&b, join(t, "%s.lora_B.weight", name), n_out, rank);
-        if (b.out_of_memory) {
-            stv_free(model->params[--model->n_params].name);
-        } else {
-            stv_module *module = &model->modules[i];
-            module->lora_a = a_number, module->lora_b = b_number;
-            module->rank = rank, module->scale = scale, module->dropout = dropout;
-        }
+    int b_number = add_matrix(&b, join(t, "%s.lora_B.weight", name), n_out, rank);
+    if (dora) magnitude = add_vector(&b, join(t, "%s.lora_magnitude_vector.weight", name), n_out);
+    if (b.out_of_memory) {
+        while (model->n_params > n_before) stv_free(model->params[--model->n_params].name);
+        return stv_fail(STV_ERR_MEMORY, "add_lora: \"%s\": no memory for the table", name);
     }
-    return b.out_of_memory ? stv_fail(STV_ERR_MEMORY, "add_lora: \"%s\": no memory for the table", name) : STV_OK;
+    stv_module *module = &model->modules[i];
+    module->lora_a = a_number, module->lora_b = b_number, module->magnitude = magnitude;
+    module->rank = rank, module->scale = scale, module->dropout = dropout;
+    if (dora) module->norm = model->n_norms, model->n_norms += n_out;
+    return STV_OK;
+}
+
+bool stv_params_module_bound(const stv_model *model, const stv_module *module)
+{
+    const int tensors[] = {module->weight, module->lora_a, module->lora_b, module->magnitude};
+    for (int i = 0; i < 4; i++)
+        if (tensors[i] >= 0 && !model->params[tensors[i]].data) return false;
+    return true;
 }
 
 void stv_params_free_merged(stv_model *model)

@@ -3,7 +3,7 @@
  *   table of tensors   name, shape, data -->  borrowed (bound by the caller), maybe f16 or bf16   frozen
  *                                             own copy (trained once, frozen now)                 frozen
  *                                             a place in theta, gradient in grad                  trainable
- *   table of modules   weight, bias, lora_A, lora_B as tensor numbers; the merged weight while adapters are merged
+ *   table of modules   weight, bias, lora_A, lora_B, magnitude as tensor numbers; the merged weight while adapters are merged
  *   layers             which tensor and module numbers a layer of the tower or the decoder consists of
  *
  * Nothing here computes: both precisions share it, and model/weights.h turns numbers into pointers for one pass. */
@@ -33,6 +33,8 @@ typedef struct stv_module { /* a linear layer that can carry an adapter */
     bool influences;
     int weight, bias;   /* tensor numbers; bias -1: none */
     int lora_a, lora_b; /* tensor numbers; -1: no adapter */
+    int magnitude;      /* tensor number; -1: not DoRA */
+    int64_t norm;       /* DoRA: where a pass keeps the lengths of the rows of W + s B A, see stv_weights.norms */
     int64_t rank;
     double scale, dropout;
     void *merged; /* (N,K) while merged, owned */
@@ -85,6 +87,7 @@ struct stv_model {
     stv_decoder_params decoder;
     void *theta, *grad; /* (n_trainable) */
     int64_t n_trainable;
+    int64_t n_norms; /* of all DoRA modules */
     bool merged;
     int64_t n_users; /* runs and generators alive */
     uint64_t layout; /* counts changes of what trains: a backward must not meet another layout than its forward */
@@ -94,6 +97,7 @@ struct stv_model {
 stv_status stv_params_check_bound(const stv_model *model, unsigned parts, bool adapters, bool all_vision);
 stv_status stv_params_check_unmerged(const stv_model *model, const char *what);
 void stv_params_free_merged(stv_model *model);
-int64_t stv_params_find_module(const stv_model *model, const char *name); /* -1: no such module */
+int64_t stv_params_find_module(const stv_model *model, const char *name);       /* -1: no such module */
+bool stv_params_module_bound(const stv_model *model, const stv_module *module); /* its weight, and its adapter if it has one */
 
 #endif

@@ -209,6 +209,7 @@ real *stv_vision_forward(stv_exec *x, stv_vision_pass *pass)
     const stv_vision_config *c = config_of(pass);
     int64_t R = pass->rows->n_rows, E = c->hidden_size, n_used = stv_config_n_layers_used(c), n_run = pass->all_layers ? c->n_layers : n_used;
     int64_t n_features = pass->rows->n_images * stv_config_tokens_per_image(&pass->weights->model->config);
+    stv_weights_find_norms(x, pass->weights, STV_PART_VISION, pass->all_layers);
     pass->lowest = find_lowest(pass);
     real *features = stv_reals(x, n_features, E), *shared[2] = {NULL, NULL};
     for (int i = 0; i < 2 && !pass->all_layers && i + 1 < pass->lowest; i++) shared[i] = stv_reals(x, R, E);

@@ -56,7 +56,21 @@ stv_linear stv_weights_linear(const stv_weights *weights, int number)
         .dropout = (float)module->dropout,
         .module_id = (uint32_t)number,
     };
+    if (module->magnitude < 0) return lin;
+    lin.lora.magnitude = stv_weight(weights, module->magnitude);
+    lin.lora.dmagnitude = stv_weight_grad(weights, module->magnitude);
+    if (weights->norms) lin.lora.norm = weights->norms + module->norm;
     return lin;
+}
+
+void stv_weights_find_norms(stv_exec *x, const stv_weights *weights, stv_part part, bool all)
+{
+    for (int i = 0; i < weights->model->n_modules; i++) {
+        const stv_module *module = &weights->model->modules[i];
+        if (module->part != part || module->magnitude < 0 || !weights->adapters || module->merged || !(module->influences || all)) continue;
+        stv_linear lin = stv_weights_linear(weights, i);
+        stv_linear_norms(x, weights->norms + module->norm, &lin);
+    }
 }
 
 stv_norm stv_weights_norm(const stv_weights *weights, stv_affine affine, double eps)
@@ -95,7 +109,7 @@ stv_status STV_TYPED(stv_model_merge_lora)(stv_model *model)
     for (int i = 0; i < model->n_modules && status == STV_OK; i++) {
         stv_module *module = &model->modules[i];
         if (module->rank == 0 || !module->influences) continue;
-        if (!model->params[module->weight].data || !model->params[module->lora_a].data || !model->params[module->lora_b].data) {
+        if (!stv_params_module_bound(model, module)) {
             status = stv_fail(STV_ERR_STATE, "merge_lora: \"%s\": its weight or adapter is not bound", module->name);
             break;
         }
@@ -119,7 +133,6 @@ stv_status STV_TYPED(stv_model_effective_weight)(stv_model *model, const char *n
     int64_t i = stv_params_find_module(model, name);
     if (i < 0) return stv_fail(STV_ERR_NAME, "no linear module \"%s\" in this model", name);
     const stv_module *module = &model->modules[i];
-    bool bound = model->params[module->weight].data && (!module->rank || (model->params[module->lora_a].data && model->params[module->lora_b].data));
-    if (!bound) return stv_fail(STV_ERR_STATE, "effective_weight: \"%s\": its weight or adapter is not bound", name);
+    if (!stv_params_module_bound(model, module)) return stv_fail(STV_ERR_STATE, "effective_weight: \"%s\": its weight or adapter is not bound", name);
     return merge(fills, model, (int)i);
 }

@@ -66,6 +66,7 @@ def _data_flags(parser: argparse.ArgumentParser, template: str) -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--lora_enable", type=parse_bool, nargs="?", const=True, default=False)
     parser.add_argument("--vit_lora_enable", type=parse_bool, nargs="?", const=True, default=False)
+    parser.add_argument("--use_dora", type=parse_bool, nargs="?", const=True, default=False, help="adapters train magnitudes too")
 
 
 def _data_options(args: argparse.Namespace, model: LlavaModel) -> dict[str, Any]:
@@ -85,9 +86,11 @@ def _train(args: argparse.Namespace, config: type, dataset: type, trainer: type,
     if data.problems:
         print(f"left out {len(data.problems)} records: {summary(data.problems)}", file=sys.stderr)
     if args.lora_enable:
-        model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout), "llm", seed=settings.seed)
+        model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora),
+                       "llm", seed=settings.seed)
     if args.vit_lora_enable:
-        model.add_lora(LoraConfig(r=args.lora_r_vit, lora_alpha=args.lora_alpha_vit, lora_dropout=args.lora_dropout_vit), "vit", seed=settings.seed)
+        model.add_lora(LoraConfig(r=args.lora_r_vit, lora_alpha=args.lora_alpha_vit, lora_dropout=args.lora_dropout_vit, use_dora=args.use_dora),
+                       "vit", seed=settings.seed)
     run = trainer(model, settings, data)
     try:
         result = run.train()

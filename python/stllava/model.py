@@ -26,7 +26,7 @@ from .checkpoint.atomic import atomic_directory, current
 from .checkpoint.hf_processor import image_token, picture_settings, write_processor
 from .checkpoint.index import Format
 from .checkpoint.peft import LoraConfig
-from .checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, to_float32
+from .checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, row_norms, to_float32
 from .config import LlavaConfig
 from .config_hf import padded, with_image_token
 from .errors import ConfigError, FormatError, NumericsError
@@ -262,6 +262,8 @@ class LlavaModel:
     def add_lora(self, config: LoraConfig, part: str = "llm", *, all_layers: bool = False, seed: int = 0) -> list[str]:
         """Puts fresh adapters (A Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)); B zero) on decoder (``"llm"``) or tower (``"vit"``).
 
+        With `use_dora` each has magnitudes too, the lengths of its weight's rows, so that the model still computes what it did.
+
         Args:
             config: rank, alpha, dropout, target module names (None: every linear of the part), patterns.
             all_layers: also on tower layers behind the feature layer, which can never train (spec D2).
@@ -284,6 +286,9 @@ class LlavaModel:
         for module in modules:
             (n_out, n_in), rank, (a, b) = infos[f"{module}.weight"].shape, config.rank(module), names.lora_pair(module)
             fresh[a], fresh[b] = np.zeros((rank, n_in), NUMPY_DTYPE[self.dtype]), np.zeros((n_out, rank), NUMPY_DTYPE[self.dtype])
+            if config.use_dora:
+                norms = row_norms(self.core.tensor(f"{module}.weight").numpy())
+                fresh[names.lora_magnitude(module)] = norms.astype(NUMPY_DTYPE[self.dtype])
             stllava_c.fill_uniform(fresh[a], -1 / math.sqrt(n_in), 1 / math.sqrt(n_in), seed=seed, stream=zlib.crc32(a.encode()))
         self._add(part, config, modules)
         for name, array in fresh.items():
@@ -299,6 +304,8 @@ class LlavaModel:
         self._add(part, config, sorted({names.lora_module(name) for name in tensors}))
         infos = self.tensor_infos()
         for name, array in tensors.items():
+            if name not in infos:
+                raise FormatError(f"adapter tensor {name}: is of DoRA, but the adapter's settings do not say use_dora")
             if tuple(array.shape) != tuple(infos[name].shape):
                 raise FormatError(f"adapter tensor {name}: want {tuple(infos[name].shape)}, found {tuple(array.shape)}; "
                                   "was it trained on another base?")
@@ -311,7 +318,7 @@ class LlavaModel:
             raise ConfigError(f"no linear module of the {part} part matches target_modules {config.to_dict()['target_modules']}")
         del self.run  # adapters change the model's tables; runs made before are of no use
         for module in modules:
-            self.core.add_lora(module, config.rank(module), config.scaling(module), config.lora_dropout)
+            self.core.add_lora(module, config.rank(module), config.scaling(module), config.lora_dropout, config.use_dora)
         self.run = stllava_c.Run(self.core)
         self.lora[part] = config
 
@@ -343,7 +350,7 @@ class LlavaModel:
 
         Args:
             dtype: of the weights that adapters change; None: as each is stored in the base. Where that is f16 or bf16, merging rounds to
-                nearest even, and the new model differs from this one by it; the model's own dtype keeps every bit of W + s B A.
+                nearest even, and the new model differs from this one by it; the model's own dtype keeps every bit of what it computes.
 
         Raises:
             ConfigError: dtype is neither f16, bf16 nor the model's. NumericsError: a merged weight does not fit f16; it is named.

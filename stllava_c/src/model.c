@@ -197,7 +197,8 @@ static PyObject *model_close(PyObject *object, PyObject *unused)
 /* ---- tensors --------------------------------------------------------------------------------------------------------------------- */
 
 static PyStructSequence_Field tensor_info_fields[] = {
-    {"name", "str, as in a LLaVA checkpoint; adapters: MODULE.lora_A.weight (r, in) and MODULE.lora_B.weight (out, r)"},
+    {"name", "str, as in a LLaVA checkpoint; adapters: MODULE.lora_A.weight (r, in), MODULE.lora_B.weight (out, r), "
+             "MODULE.lora_magnitude_vector.weight (out,)"},
     {"shape", "tuple of int"},
     {"size", "int, elements"},
     {"offset", "int, first element in theta and grad; -1: frozen"},

@@ -33,37 +33,42 @@ PyObject *model_linear_modules(PyObject *object, PyObject *unused)
 }
 
 const char add_lora_doc[] =
-    "add_lora($self, module, rank, scale, dropout=0.0)\n--\n\n"
+    "add_lora($self, module, rank, scale, dropout=0.0, dora=False)\n--\n\n"
     "Puts an adapter on a linear module: y = W x + scale * B A dropout(x). Its tensors MODULE.lora_A.weight (rank, in) and\n"
-    "MODULE.lora_B.weight (out, rank) appear at the end of the table, unbound.\n\n"
+    "MODULE.lora_B.weight (out, rank) appear at the end of the table, unbound; with dora also the magnitudes m,\n"
+    "MODULE.lora_magnitude_vector.weight (out,): y = (m / |V|) V x with V = W + scale * B A, where |V|, the lengths of its rows, is a\n"
+    "constant to backward.\n\n"
     "Args:\n"
     "    module: str, one of linear_modules().\n"
     "    rank: int >= 1.\n"
     "    scale: float, alpha / rank, or alpha / sqrt(rank) for rsLoRA.\n"
-    "    dropout: float in [0, 1).\n\n"
+    "    dropout: float in [0, 1).\n"
+    "    dora: bool.\n\n"
     "Raises:\n"
     "    ValueError: no such module, or a value out of range. Error (\"state\"): it has an adapter, or runs of the model are alive.\n"
     "    BufferError: arrays on the model's memory are alive.\n\n"
-    "Source: Hu et al., arXiv 2106.09685; rsLoRA: arXiv 2312.03732.";
+    "Source: Hu et al., arXiv 2106.09685; rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353.";
 
 PyObject *model_add_lora(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"module", "rank", "scale", "dropout", NULL};
+    static char *names[] = {"module", "rank", "scale", "dropout", "dora", NULL};
     model_object *self = (model_object *)object;
     const char *module;
     long long rank;
     double scale, dropout = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLd|d:add_lora", names, &module, &rank, &scale, &dropout)) return NULL;
+    int dora = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLd|dp:add_lora", names, &module, &rank, &scale, &dropout, &dora)) return NULL;
     if (model_enter_unexported(self, "Model.add_lora") < 0) return NULL;
-    stv_status status = stv_model_add_lora(self->model, module, rank, scale, dropout);
+    stv_status status = stv_model_add_lora(self->model, module, rank, scale, dropout, dora);
     self->generation += status == STV_OK;
     return model_leave_with(self, status);
 }
 
-const char merge_lora_doc[] = "merge_lora($self)\n--\n\n"
-                              "W <- W + scale * B A in copies; the bound weights stay as they are. Adapters are skipped while merged.\n\n"
-                              "Raises:\n"
-                              "    Error (\"state\"): merged already, no adapters, or unbound ones. MemoryError.";
+const char merge_lora_doc[] =
+    "merge_lora($self)\n--\n\n"
+    "W <- the weight that effective_weight returns, in copies; the bound weights stay as they are. Adapters are skipped while merged.\n\n"
+    "Raises:\n"
+    "    Error (\"state\"): merged already, no adapters, or unbound ones. MemoryError.";
 
 PyObject *model_merge_lora(PyObject *object, PyObject *unused)
 {
@@ -81,7 +86,7 @@ PyObject *model_unmerge_lora(PyObject *object, PyObject *unused)
 }
 
 const char effective_weight_doc[] = "effective_weight($self, module)\n--\n\n"
-                                    "The weight a linear module computes with: W + scale * B A, merged or not.\n\n"
+                                    "The weight a linear module computes with: W + scale * B A, of DoRA (m / |V|) V; merged or not.\n\n"
                                     "Returns:\n"
                                     "    ndarray (out, in) of the model's dtype, a copy.\n\n"
                                     "Raises:\n"

@@ -56,11 +56,11 @@ static inline stv_model_config tiny_config(void)
     };
 }
 
-/* Norm weights around one, all else of the size that keeps activations near one. */
+/* Norm weights and magnitudes around one, all else of the size that keeps activations near one. */
 static inline real *tiny_values(const stv_tensor_info *info, uint64_t seed)
 {
     real *values = check_random_reals(info->size, seed);
-    bool is_norm = strstr(info->name, "norm") && strstr(info->name, ".weight");
+    bool is_norm = (strstr(info->name, "norm") && strstr(info->name, ".weight")) || strstr(info->name, "magnitude");
     double scale = info->ndim > 1 && info->shape[1] > 1 ? 1.7 / sqrt((double)info->size / (double)info->shape[0]) : 0.3;
     for (int64_t i = 0; i < info->size; i++) values[i] = (real)((is_norm ? 1 : 0) + scale * (double)values[i]);
     if (strstr(info->name, "sim_alpha")) values[0] = (real)1.3;
@@ -75,10 +75,11 @@ static inline void tiny_bind_all(stv_model *model)
     }
 }
 
+/* Every third is DoRA. */
 static inline void tiny_add_lora(stv_model *model, double dropout)
 {
     for (int64_t i = 0; i < stv_model_n_linear(model); i++)
-        CHECK_OK(stv_model_add_lora(model, stv_model_linear_name(model, i), 2 + i % 2, 0.7, dropout));
+        CHECK_OK(stv_model_add_lora(model, stv_model_linear_name(model, i), 2 + i % 2, 0.7, dropout, i % 3 == 0));
 }
 
 /* Everything that `wanted` accepts trains; NULL: every tensor. */

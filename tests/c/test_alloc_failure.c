@@ -171,13 +171,13 @@ static uint64_t table(world *w)
     return digest;
 }
 
-/* Called again, it goes on with the module that failed: each has both of its tensors or none. */
+/* Called again, it goes on with the module that failed: each has all of its tensors or none. */
 static stv_status add_every_adapter(world *w)
 {
     for (int64_t i = 0; i < stv_model_n_linear(w->model); i++) {
         char name[256];
         snprintf(name, sizeof name, "%s.lora_A.weight", stv_model_linear_name(w->model, i));
-        if (stv_model_find(w->model, name) < 0) STV_TRY(stv_model_add_lora(w->model, stv_model_linear_name(w->model, i), 2, 1, 0));
+        if (stv_model_find(w->model, name) < 0) STV_TRY(stv_model_add_lora(w->model, stv_model_linear_name(w->model, i), 2, 1, 0, i % 2));
     }
     return STV_OK;
 }

@@ -34,7 +34,7 @@ static stv_model_config read_config(fuzz_input *in)
 static int64_t add_adapters(stv_model *model, fuzz_input *in)
 {
     for (int64_t i = 0; i < stv_model_n_linear(model) && i < 3; i++)
-        (void)fuzz_refused(stv_model_add_lora(model, stv_model_linear_name(model, i), fuzz_number(in), fuzz_fraction(in), fuzz_fraction(in)));
+        (void)fuzz_refused(stv_model_add_lora(model, stv_model_linear_name(model, i), fuzz_number(in), fuzz_fraction(in), fuzz_fraction(in), i == 2));
     double n = 0;
     for (int64_t i = 0; i < stv_model_n_tensors(model); i++) {
         const stv_tensor_info info = stv_model_tensor(model, i);

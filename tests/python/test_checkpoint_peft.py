@@ -45,13 +45,13 @@ def test_plain_adapter_of_a_new_peft_is_plain() -> None:
 
 
 def test_newer_keys_are_written_only_when_used() -> None:
-    config = LoraConfig.from_dict(values(use_rslora=True, rank_pattern={"q_proj": 4}))
-    assert set(config.to_dict()) == KEYS_OF_0_4 | {"use_rslora", "rank_pattern"}
+    config = LoraConfig.from_dict(values(use_rslora=True, use_dora=True, rank_pattern={"q_proj": 4}))
+    assert set(config.to_dict()) == KEYS_OF_0_4 | {"use_rslora", "use_dora", "rank_pattern"}
     assert LoraConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("key, value", [
-    ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 2]]), ("trainable_token_indices", [1]), ("bias", "all"),
+    ("use_dora", "yes"), ("lora_bias", True), ("layer_replication", [[0, 2]]), ("trainable_token_indices", [1]), ("bias", "all"),
     ("modules_to_save", "lm_head"), ("modules_to_save", [".*"]), ("exclude_modules", 3), ("exclude_modules", "(a"), ("layers_pattern", ["a|b"]),
     ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"), ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"),
     ("init_lora_weights", "corda"), ("init_lora_weights", "lora_ga"), ("kasa_config", {"beta": 1}), ("use_bdlora", {"nblocks": 2}), ("peft_type", "LOHA"), ("target_parameters", ["w"]), ("a_key_of_the_future", 1),
@@ -141,7 +141,7 @@ def test_round_trip(tmp_path: Path, format: index.Format) -> None:
 
 
 @pytest.mark.parametrize("key, message", [
-    ("base_model.model." + Q + ".lora_magnitude_vector.weight", "DoRA"), ("base_model.model." + Q + ".lora_B.bias", "lora_bias"),
+    ("base_model.model." + Q + ".lora_magnitude.weight", "nor a lora_magnitude_vector"), ("base_model.model." + Q + ".lora_B.bias", "lora_bias"),
     ("base_model.model." + Q + ".lora_embedding_A", "LoRA on an embedding"),
     ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices"), (Q + ".lora_A.weight", "base_model.model."),
 ])

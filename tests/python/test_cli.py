@@ -25,10 +25,10 @@ def test_sft_then_dpo(tmp_path, model_dir, capsys):
     (tmp_path / "sft.json").write_text(json.dumps(sft_records(names)))
     (tmp_path / "dpo.json").write_text(json.dumps(dpo_records(names)))
     common = ["--model_name_or_path", model_dir, "--image_folder", str(tmp_path), "--lora_enable", "--lora_r", "4", "--max_steps", "6", "--disable_tqdm"]
-    assert main(["sft", *common, "--data_path", str(tmp_path / "sft.json"), "--output_dir", str(tmp_path / "sft"), "--vit_lora_enable", "true",
+    assert main(["sft", *common, "--data_path", str(tmp_path / "sft.json"), "--output_dir", str(tmp_path / "sft"), "--vit_lora_enable", "true", "--use_dora",
                  "--learning_rate", "1e-3"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["global_step"] == 6
-    assert (tmp_path / "sft" / "Vit-lora").is_dir() and (tmp_path / "sft" / "adapter_config.json").exists()
+    assert all(json.loads((tmp_path / "sft" / part / "adapter_config.json").read_text())["use_dora"] for part in (".", "Vit-lora"))
     assert main(["dpo", *common, "--data_path", str(tmp_path / "dpo.json"), "--output_dir", str(tmp_path / "dpo"), "--loss_type", "sigmoid", "sft",
                  "--loss_weights", "1.0", "0.1", "--learning_rate", "1e-3"]) == 0
 

@@ -15,11 +15,16 @@ from stllava.checkpoint import index, names, peft
 from stllava.checkpoint.directory import read_checkpoint
 from stllava.errors import FormatError
 from stllava.model import LlavaModel
+from stllava.tree import Sequence
 
 RECORDED = Path(__file__).parents[1] / "recorded"
-BASES = {"peft_patterns": "peft_base", "peft_expression": "peft_base", "peft_saved": "peft_base", "peft_layers": "peft_base", "peft_llava": "hf_llama"}
+BASES = {"peft_patterns": "peft_base", "peft_expression": "peft_base", "peft_saved": "peft_base", "peft_layers": "peft_base", "peft_dora": "peft_base",
+         "peft_llava": "hf_llama", "peft_llava_dora": "hf_llama"}
+OF_A_DECODER = [case for case in BASES if BASES[case] == "peft_base"]
 # Measured in float32: at most 4.5e-6, and 1.2e-5 for peft_saved, whose new embedding and head make values before the last norm large.
 TOLERANCE = 4e-5
+# Of the largest in a tensor, measured in float64 against values kept as float32: at most 8.9e-7. transformers computes norms and rotary tables in float32.
+GRADIENT_TOLERANCE = 5e-6
 
 
 def expected(case: str) -> tuple[list[int], list[np.ndarray], np.ndarray]:
@@ -51,13 +56,43 @@ def test_logits_of_peft(tmp_path: Path, case: str) -> None:
     assert_logits(load(tmp_path, case), case)
 
 
-@pytest.mark.parametrize("case", [case for case in BASES if case != "peft_llava"])
+@pytest.mark.parametrize("case", OF_A_DECODER)
 def test_settings_come_back_as_peft_wrote_them(tmp_path: Path, case: str) -> None:
     load(RECORDED / case, case).save_pretrained(tmp_path)
     wanted, found = (json.loads((directory / "adapter_config.json").read_text()) for directory in (RECORDED / case, tmp_path))
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         wanted[key], found[key] = (set(value) if isinstance(value := values.get(key) or [], list) else {value} for values in (wanted, found))
     assert all(found[key] == wanted[key] for key in found)
+
+
+@pytest.mark.parametrize("case", ["peft_dora", "peft_llava_dora"])
+def test_gradients_of_dora(case: str) -> None:
+    """Those that peft has: |W + s B A| is a constant to them, and biases (the tower's) are not scaled."""
+    model = LlavaModel.from_pretrained(RECORDED / case, RECORDED / BASES[case], dtype="f64")
+    ids, pictures, _ = expected(case)
+    file = index.read_file(RECORDED / case / "expected.safetensors")
+    wanted = {names.from_decoder_adapter(key.removeprefix("grad.")): array for key, array in file.items() if key.startswith("grad.")}
+    model.set_trainable(wanted)
+    labels = [-100, *(-100 if i < 0 else i for i in ids[1:])]
+    _, batch = model.batch([Sequence(ids, labels, tuple(range(len(pictures))))])
+    model.run.forward(batch, pixels=model.pixels(pictures) if pictures else None, train=True)
+    model.run.backward(np.ones(batch.n_targets))
+    for name, where in model.trainable_slices().items():
+        found = model.grad[where].reshape(wanted[name].shape)
+        assert np.abs(found - wanted[name]).max() < GRADIENT_TOLERANCE * np.abs(wanted[name]).max(), name
+    assert sum("magnitude" in name for name in wanted) == len(wanted) / 3 and {names.is_tower(name) for name in wanted} == {False, bool(pictures)}
+
+
+def test_both_spellings_of_magnitudes(tmp_path: Path) -> None:
+    shutil.copytree(RECORDED / "peft_dora", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {f"{name}.weight" if name.endswith("magnitude_vector") else name: array.copy() for name, array in index.read_file(file).items()}
+    assert sum(name.endswith("lora_magnitude_vector.weight") for name in tensors) == len(tensors) / 3
+    index.write_file(file, tensors)
+    model = load(tmp_path, "peft_dora")
+    assert_logits(model, "peft_dora")
+    model.save_pretrained(tmp_path / "again", format="safetensors")
+    assert set(index.read_file(tmp_path / "again" / file.name)) == set(index.read_file(RECORDED / "peft_dora" / file.name))
 
 
 def test_an_adapter_of_the_whole_model_is_split() -> None:
@@ -140,7 +175,7 @@ def test_a_tower_adapter_replaces_no_weights(tmp_path: Path) -> None:
 
 # ---- peft itself
 
-@pytest.mark.parametrize("case", [case for case in BASES if case != "peft_llava"])
+@pytest.mark.parametrize("case", OF_A_DECODER)
 def test_peft_loads_what_we_write(tmp_path: Path, case: str) -> None:
     load(RECORDED / case, case).save_pretrained(tmp_path, format="safetensors")
     (tmp_path / "config.json").unlink()

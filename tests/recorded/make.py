@@ -52,12 +52,21 @@ def randomize(model: torch.nn.Module, only: str = "") -> None:
                     parameter.add_(1.0)
 
 
-def write(folder: str, model: Any, expected: torch.Tensor, ids: list[int] = IDS) -> None:
+def gradients(adapted: Any, ids: list[int]) -> dict[str, torch.Tensor]:
+    """Of the summed log-probability of every text token but the first given what is before it, by A, B and magnitudes; key "grad." + name, less "default"."""
+    adapted = adapted.double().eval()
+    spread = [token for i in ids for token in ([IMAGE] * N_TOKENS if i == -200 else [i])]
+    found = adapted(input_ids=torch.tensor([spread]), **({"pixel_values": pixels().double()} if -200 in ids else {})).logits[0].log_softmax(-1)
+    sum(found[t - 1, token] for t, token in enumerate(spread) if t and token != IMAGE).backward()
+    return {"grad." + name.replace(".default", ""): parameter.grad for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+
+
+def write(folder: str, model: Any, expected: torch.Tensor, ids: list[int] = IDS, **more: torch.Tensor) -> None:
     shutil.rmtree(HERE / folder, ignore_errors=True)
     model.float().save_pretrained(HERE / folder)
     (HERE / folder / "generation_config.json").unlink(missing_ok=True)
     (HERE / folder / "README.md").unlink(missing_ok=True)
-    save_file({"logits": expected, "ids": torch.tensor(ids), "pixels": pixels()}, HERE / folder / "expected.safetensors")
+    save_file({"logits": expected, "ids": torch.tensor(ids), "pixels": pixels(), **more}, HERE / folder / "expected.safetensors")
 
 
 def rename(name: str, version: str) -> str:
@@ -99,6 +108,7 @@ def record_adapters() -> None:
         "peft_expression": {"r": 2, "lora_alpha": 3, "target_modules": r"^(?!.*layers\.0\.mlp).*\.(?:q_proj|up_proj|gate_proj)", "exclude_modules": r".*\.1\.self_attn.*"},
         "peft_saved": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "layers_to_transform": None, "modules_to_save": ["lm_head", "embed_tokens"],
                        "exclude_modules": ["o_proj"]},
+        "peft_dora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"], "rank_pattern": {"v_proj": 3}, "use_dora": True},
         "peft_layers": {"r": 2, "lora_alpha": 4, "target_modules": ["k_proj"], "layers_to_transform": [1], "layers_pattern": "layers", "init_lora_weights": "orthogonal"},
     }
     for folder, options in cases.items():
@@ -108,6 +118,9 @@ def record_adapters() -> None:
         r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], modules_to_save=["multi_modal_projector"],
         rank_pattern={r"model\.language_model\.layers\.0\.self_attn\.q_proj": 3}))
     record_adapter("peft_llava", whole, IDS)
+    whole = peft.get_peft_model(LlavaForConditionalGeneration.from_pretrained(HERE / "hf_llama"), peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["k_proj", "v_proj", "fc1"], use_dora=True))
+    record_adapter("peft_llava_dora", whole, IDS)
 
 
 def record_adapter(folder: str, adapted: Any, ids: list[int]) -> None:
@@ -116,7 +129,7 @@ def record_adapter(folder: str, adapted: Any, ids: list[int]) -> None:
     randomize(adapted, "modules_to_save")
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = Path(config.base_model_name_or_path).name  # not a path of this machine
-    write(folder, adapted, logits(adapted, ids), ids)
+    write(folder, adapted, logits(adapted, ids), ids, **(gradients(adapted, ids) if config.use_dora else {}))
 
 
 def check(directory: str) -> None:

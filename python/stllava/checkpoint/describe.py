@@ -173,6 +173,6 @@ def _add_adapters(found: Description, checkpoint: Checkpoint) -> None:
 
 def _settings(config: LoraConfig) -> dict[str, Any]:
     values = config.to_dict()
-    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules",
-            "base_model_name_or_path")
+    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+            "exclude_modules", "base_model_name_or_path")
     return {key: values[key] for key in keys if values.get(key) is not None}

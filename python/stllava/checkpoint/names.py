@@ -6,6 +6,7 @@ Canonical = the full LLaVA checkpoint:
     model.layers.{i}.self_attn.{q,k,v,o}_proj.weight          model.layers.{i}.mlp.{gate,up,down}_proj.weight
     model.layers.{i}.{input,post_attention}_layernorm.weight  model.mm_projector.*
     model.vision_tower.vision_tower.vision_model.*            MODULE.lora_A.weight, MODULE.lora_B.weight
+                                                              of DoRA: MODULE.lora_magnitude_vector.weight
 
 | file                            | its name for `model.mm_projector.c.weight` / a tower tensor / an adapter         |
 |---------------------------------|----------------------------------------------------------------------------------|
@@ -17,6 +18,7 @@ Canonical = the full LLaVA checkpoint:
 | mm_projector.bin                | anything up to `mm_projector.`, then c.weight                                    |
 | adapter_model (decoder)         | base_model.model. + canonical, or + names of LlavaForConditionalGeneration       |
 | Vit-lora/adapter_model (tower)  | base_model.model.vision_tower.vision_model.*  (no `model.vision_tower.` before)  |
+| both of these, of DoRA          | MODULE.lora_magnitude_vector, without `.weight` (read with it too)               |
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # one row per toke
 TOWER = "model.vision_tower.vision_tower."
 _TOWER_OWNER = "model.vision_tower."  # the module that PEFT wraps for Vit-lora
 _PEFT = "base_model.model."
-_LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight")
+_MAGNITUDE = ".lora_magnitude_vector"
+_LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", _MAGNITUDE + ".weight", _MAGNITUDE)
 
 _HF_OWNERS = ("language_model.", "vision_tower.", "multi_modal_projector.")
 _HF_PROJECTOR = {"0": "linear_1", "2": "linear_2"}
@@ -156,12 +159,17 @@ def is_lora(name: str) -> bool:
 
 def lora_module(name: str) -> str:
     """Canonical module of a LoRA tensor's canonical name."""
-    return name[:-len(_LORA_ENDINGS[0])]
+    return name.rpartition(".lora_")[0]
 
 
 def lora_pair(module: str) -> tuple[str, str]:
     """Canonical names (A, B) of a module's adapter; A is (r, in), B is (out, r)."""
     return module + _LORA_ENDINGS[0], module + _LORA_ENDINGS[1]
+
+
+def lora_magnitude(module: str) -> str:
+    """Canonical name of a module's DoRA magnitudes, (out,)."""
+    return module + _LORA_ENDINGS[2]
 
 
 def from_full(name: str) -> str | None:
@@ -240,16 +248,26 @@ def from_projector_file(name: str) -> str:
 
 
 def from_decoder_adapter(name: str) -> str:
-    return from_hf(name.removeprefix(_PEFT))
+    return from_hf(_from_peft(name))
 
 
 def to_decoder_adapter(name: str) -> str:
-    return _PEFT + name
+    return _to_peft(name)
 
 
 def from_tower_adapter(name: str) -> str:
-    return _in_tower(name.removeprefix(_PEFT).removeprefix("vision_tower."))
+    return _in_tower(_from_peft(name).removeprefix("vision_tower."))
 
 
 def to_tower_adapter(name: str) -> str:
-    return _PEFT + name.removeprefix(_TOWER_OWNER)
+    return _to_peft(name.removeprefix(_TOWER_OWNER))
+
+
+def _from_peft(name: str) -> str:
+    name = name.removeprefix(_PEFT)
+    return name + ".weight" if name.endswith(_MAGNITUDE) else name
+
+
+def _to_peft(name: str) -> str:
+    """PEFT has kept the magnitudes' name from when they were a parameter, not a layer's weight, in every version's files."""
+    return _PEFT + (name.removesuffix(".weight") if name.endswith(_MAGNITUDE + ".weight") else name)

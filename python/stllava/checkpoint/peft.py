@@ -1,6 +1,7 @@
 """LoRA adapters as PEFT writes them: adapter_config.json beside adapter_model.safetensors or adapter_model.bin.
 
-A LoRA layer computes y = W x + s * B (A x) with A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r) for rsLoRA.
+A LoRA layer computes y = W x + s * B (A x) with A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r) for rsLoRA. With DoRA every
+row of V = W + s B A is given the length that a vector m (out) says: y = (m / |V|) V x (arXiv 2402.09353).
 
 PEFT 0.4 ignores configuration keys that it does not know, so that a DoRA adapter loads as plain LoRA with wrong results. We
 write exactly the keys of 0.4 unless a newer feature is in use, and refuse every key that may change the maths.
@@ -44,12 +45,10 @@ _ROOT = "base_model.model."
 ALL_LINEAR = "all-linear"
 
 _UNSUPPORTED = {
-    "use_dora": "DoRA scales the columns of W + s B A, which the core does not do yet: merge the adapter with PEFT first",
     "lora_bias": "a bias on B has no place in a decoder without biases: merge the adapter with PEFT first",
     "trainable_token_indices": "single rows of the embedding: merge the adapter with PEFT first",
 }
-_TENSORS_OF = {"lora_magnitude_vector": "DoRA", "lora_B.bias": "lora_bias", "lora_embedding": "LoRA on an embedding",
-               "trainable_tokens": "trainable_token_indices"}
+_TENSORS_OF = {"lora_B.bias": "lora_bias", "lora_embedding": "LoRA on an embedding", "trainable_tokens": "trainable_token_indices"}
 
 T = TypeVar("T")
 
@@ -72,6 +71,7 @@ class LoraConfig:
     exclude_modules: frozenset[str] | str = frozenset()
     modules_to_save: tuple[str, ...] = ()
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
@@ -97,8 +97,9 @@ class LoraConfig:
                 raise ConfigError(f"LoRA: {key} is {getattr(self, key)!r}, want a text or null", field=key)
         if self.bias != "none":
             raise ConfigError(f"LoRA: bias is {self.bias!r}, supported: 'none'", field="bias")
-        if type(self.use_rslora) is not bool:
-            raise ConfigError(f"LoRA: use_rslora is {self.use_rslora!r}, want true or false", field="use_rslora")
+        for key in ("use_rslora", "use_dora"):
+            if type(getattr(self, key)) is not bool:
+                raise ConfigError(f"LoRA: {key} is {getattr(self, key)!r}, want true or false", field=key)
         if self.init_lora_weights not in _PLAIN_INITS:
             raise ConfigError(f"LoRA: init_lora_weights is {self.init_lora_weights!r}, which also changes the base weights (PiSSA, "
                               "OLoRA, CorDA, LoftQ, LoRA-GA); convert the adapter to plain LoRA with PEFT first "
@@ -138,8 +139,8 @@ class LoraConfig:
         result["target_modules"] = _names_or_expression(self.target_modules)
         result["layers_to_transform"] = None if self.layers_to_transform is None else list(self.layers_to_transform)
         result["layers_pattern"] = list(self.layers_pattern) or None
-        newer = {"use_rslora": self.use_rslora, "rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern),
-                 "exclude_modules": _names_or_expression(self.exclude_modules)}
+        newer = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "rank_pattern": dict(self.rank_pattern),
+                 "alpha_pattern": dict(self.alpha_pattern), "exclude_modules": _names_or_expression(self.exclude_modules)}
         return result | {key: value for key, value in newer.items() if value}
 
     @property
@@ -245,8 +246,8 @@ def _lookup(pattern: Mapping[str, T], module: str, default: T) -> T:
 class Adapter:
     """One adapter directory: settings, canonical name -> array, and the file the arrays come from.
 
-    `tensors` are the pairs A, B; `saved` the weights of `modules_to_save`, which take the place of the base's; `known_as` maps the
-    names of both to those that PEFT knew.
+    `tensors` are A and B, of DoRA the magnitudes too; `saved` the weights of `modules_to_save`, which take the place of the base's;
+    `known_as` maps the names of both to those that PEFT knew.
     """
 
     config: LoraConfig
@@ -299,14 +300,15 @@ def _check_key(key: str, file: TensorFile) -> None:
         raise FormatError(f"{file.path}: key {key!r} does not start with {_ROOT!r}; not an adapter", path=file.path, field=key)
     if not names.is_lora(key) and ("lora_" in key or "trainable_tokens" in key):
         what = next((f" ({what})" for part, what in _TENSORS_OF.items() if part in key), "")
-        raise FormatError(f"{file.path}: key {key!r}{what} is not a lora_A or lora_B weight; not supported", path=file.path, field=key)
+        raise FormatError(f"{file.path}: key {key!r}{what} is not a lora_A or lora_B weight, nor a lora_magnitude_vector; not supported",
+                          path=file.path, field=key)
     if file.dtype(key) not in FLOAT_DTYPES:
         raise FormatError(f"{file.path}: {key} has dtype {file.dtype(key)}, want one of {', '.join(FLOAT_DTYPES)}", path=file.path,
                           field=key)
 
 
 def check_pairs(adapter: Adapter, linears: names.Shapes, required: Callable[[str], bool]) -> None:
-    """Check every tensor against the model: known module, both halves, rank and widths; then that nothing is missing.
+    """Check every tensor against the model: known module, none without the others, rank and widths; then that nothing is missing.
 
     `linears` maps adaptable modules to (out, in); `required(module)` says whether a targeted module must be present.
     Raises FormatError naming file and key.
@@ -318,12 +320,16 @@ def check_pairs(adapter: Adapter, linears: names.Shapes, required: Callable[[str
             raise FormatError(f"{path}: adapter for {module}, which this model does not have or cannot adapt{config.made_for}", path=path, field=name)
         (n_out, n_in), r = linears[module], config.rank(module)
         name_a, name_b = names.lora_pair(module)
-        for half in (name_a, name_b):
-            if half not in tensors:
-                raise FormatError(f"{path}: {name} is there, but {half} is missing", path=path, field=half)
-        want = (r, n_in) if name == name_a else (n_out, r)
-        if array.shape != want:
-            raise FormatError(f"{path}: {name} has shape {array.shape}, want {want} (rank {r}){config.made_for}", path=path, field=name)
+        wanted: names.Shapes = {name_a: (r, n_in), name_b: (n_out, r)}
+        if config.use_dora:
+            wanted[names.lora_magnitude(module)] = (n_out,)
+        for other in wanted:
+            if other not in tensors:
+                raise FormatError(f"{path}: {name} is there, but {other} is missing", path=path, field=other)
+        if name not in wanted:
+            raise FormatError(f"{path}: {name} is of DoRA, but {CONFIG_FILE} does not say use_dora", path=path, field=name)
+        if array.shape != wanted[name]:
+            raise FormatError(f"{path}: {name} has shape {array.shape}, want {wanted[name]} (rank {r}){config.made_for}", path=path, field=name)
     for module in linears:
         if config.targets(module) and required(module) and names.lora_pair(module)[0] not in tensors:
             raise FormatError(f"{path}: no adapter for {module}, which target_modules selects", path=path, field=module)

@@ -20,7 +20,7 @@ from stllava.checkpoint.hf_processor import image_token_of_files, picture_settin
 from stllava.checkpoint.index import DEFAULT_SHARD_BYTES, Format
 from stllava.checkpoint.lock import LOCK
 from stllava.checkpoint.rounding import RoundingError, StoredDtype, rounded, target_dtypes
-from stllava.checkpoint.tensor_file import Deferred, Tensor, to_float32
+from stllava.checkpoint.tensor_file import Deferred, Tensor, row_norms, to_float32
 from stllava.errors import ConfigError
 from stllava.images import ImageProcessor
 from stllava.limits import MAX_DATA_BYTES
@@ -68,7 +68,7 @@ def rewrite(checkpoint: Checkpoint, sources: Iterable[str | os.PathLike[str] | N
 
 
 def merged_tensors(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
-    """Canonical name -> tensor: the base's own, and float32 W + s B A, made when it is written, where an adapter sits.
+    """Canonical name -> tensor: the base's own, and float32 W + s B A where an adapter sits, of DoRA with rows as long as it says, made when written.
 
     Source: PEFT `Linear.merge`, which computes in float32 for half-precision weights on the CPU.
     """
@@ -88,6 +88,8 @@ def _merged(checkpoint: Checkpoint, module: str) -> Deferred:
         result: np.ndarray = b @ a
         result *= np.float32(config.scaling(module))
         result += to_float32(weight)
+        if config.use_dora:
+            result *= (to_float32(checkpoint.lora[names.lora_magnitude(module)]) / row_norms(result))[:, None]
         return result
 
     return Deferred(np.dtype("<f4"), weight.shape, make)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stllava.checkpoint.strict_json import is_text
 from stllava.errors import FormatError
@@ -108,6 +109,16 @@ def to_float32(array: np.ndarray) -> np.ndarray:
     if dtype_name(array) == "bf16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32, copy=False)
+
+
+def row_norms(matrix: np.ndarray) -> NDArray[np.float64]:
+    """Euclidean length of every row of a matrix of floating-point values (n, k), (n,)."""
+    norms = np.empty(len(matrix))
+    step = max(1, _CHUNK // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), step):
+        part = matrix[start:start + step]
+        norms[start:start + step] = np.linalg.norm((to_float32(part) if dtype_name(part) == "bf16" else part).astype(np.float64), axis=1)
+    return norms
 
 
 def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
