@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench_gemm import core_flags
-from cases import LINEARS, REAL, Model
+from cases import CACHED, GGUF, LINEARS, REAL, Model
 from harness import OURS, PEERS, Row, Worker, compile_c, machine, main, make_row, seconds_at_peak, take_turns
 
-from stllava.checkpoint.directory import write_full
+from stllava.checkpoint.directory import Checkpoint, read_checkpoint, write_full
+from stllava.checkpoint.gguf_file import write_gguf
+from stllava.checkpoint.names import decoder_shapes
 from stllava.checkpoint.tensor_file import round_to
 from stllava.config import LlavaConfig
 from stllava.demo.base import fresh_weights
 
 SELF, PEER = "ours_real.py", "peers/hf_real.py"
-HF = "transformers, bf16"
+HF, LLAMACPP = "transformers, bf16", "llama.cpp (AVX2, as its wheels are), bf16"
 TOLERANCE = 2e-2  # seen: 3e-3 in log-probabilities, 1e-3 in root mean squares
 
 
@@ -33,11 +35,28 @@ def ensure_weights(model: Model) -> None:
         unfinished.rename(model.directory)
 
 
+def ensure_gguf(layers: int) -> None:
+    """The decoder's first layers with embeddings and head, for llama.cpp."""
+    ensure_weights(REAL)
+    if not GGUF[layers].exists():
+        settings = {key: value for key, value in REAL.config.items() if not key.startswith("mm_")}
+        config = LlavaConfig.from_dict(settings | {"model_type": "llama", "num_hidden_layers": layers})
+        tensors = read_checkpoint(REAL.directory).tensors
+        write_gguf(GGUF[layers], Checkpoint(config, {name: tensors[name] for name in decoder_shapes(config)}), dtype="bf16")
+
+
 def against_transformers(id: str, name: str, case: str, *, rounds: int, limit: float | None = None) -> Iterator[Row]:
     ensure_weights(REAL)
     with Worker(OURS, SELF, name) as ours, Worker(PEERS, PEER, name) as peer:
         a, b = take_turns(ours, peer, rounds=rounds, tolerance=TOLERANCE)
     yield make_row(id, case, a.seconds, b.seconds, HF, "s", dtype="bf16", limit=limit)
+
+
+def against_llamacpp(id: str, name: str, case: str, *, layers: int, rounds: int, limit: float) -> Iterator[Row]:
+    ensure_gguf(layers)
+    with Worker(OURS, SELF, name) as ours, Worker(PEERS, "peers/llamacpp.py", name) as peer:
+        a, b = take_turns(ours, peer, rounds=rounds, tolerance=TOLERANCE)
+    yield make_row(id, case, a.seconds, b.seconds, LLAMACPP, "s", dtype="bf16", limit=limit)
 
 
 def tower() -> Iterator[Row]:
@@ -46,11 +65,31 @@ def tower() -> Iterator[Row]:
     return against_transformers("vit_l_336_bf16", "vit", "CLIP ViT-L/14-336, 23 layers, one image", rounds=5, limit=seconds_at_peak(flop))
 
 
-def decode() -> Iterator[Row]:
+DECODE = f"one 7B layer and the head, one token, {CACHED} cached"
+
+
+def decode_limit() -> float:
+    """Every weight and every cached number is read once."""
     weights = sum(n_out * n_in for n_out, n_in in REAL.linears().values()) + REAL.vocab * REAL.width
-    n_bytes = 2.0 * weights + 2 * 4.0 * 700 * REAL.width
-    return against_transformers("decode_bf16", "decode", "one 7B layer and the head, one token, 700 cached", rounds=15,
-                                limit=n_bytes / (machine()["memory_bandwidth"] * 1e9))
+    n_bytes = 2.0 * weights + 2 * 4.0 * CACHED * REAL.width
+    return n_bytes / (machine()["memory_bandwidth"] * 1e9)
+
+
+def decode() -> Iterator[Row]:
+    return against_transformers("decode_bf16", "decode", DECODE, rounds=15, limit=decode_limit())
+
+
+def decode_llamacpp() -> Iterator[Row]:
+    return against_llamacpp("decode_bf16_llamacpp", "decode", DECODE, layers=1, rounds=15, limit=decode_limit())
+
+
+def prefill_llamacpp() -> Iterator[Row]:
+    linears = {name: 2.0 * n_out * n_in for name, (n_out, n_in) in REAL.linears().items()}
+    last = sum(flop * (CACHED if name.endswith(("k_proj", "v_proj")) else 1) for name, flop in linears.items())
+    attention = (REAL.layers - 1) * 4.0 * REAL.width * CACHED * (CACHED + 1) / 2 + 4.0 * REAL.width * CACHED
+    flop = (REAL.layers - 1) * CACHED * sum(linears.values()) + last + attention + 2.0 * REAL.vocab * REAL.width
+    return against_llamacpp("prefill_bf16_llamacpp", "prefill", f"two 7B layers, {CACHED} tokens, logits of the last", layers=REAL.layers, rounds=3,
+                            limit=seconds_at_peak(flop))
 
 
 def questions() -> Iterator[Row]:
@@ -70,7 +109,8 @@ def linears() -> Iterator[Row]:
                        limit=machine()["register_peak_f32"])
 
 
-BENCHES = {"vit_l_336_bf16": tower, "gemm_bf16": linears, "decode_bf16": decode, "questions_12": questions}
+BENCHES = {"vit_l_336_bf16": tower, "gemm_bf16": linears, "decode_bf16": decode, "decode_bf16_llamacpp": decode_llamacpp,
+           "prefill_bf16_llamacpp": prefill_llamacpp, "questions_12": questions}
 
 if __name__ == "__main__":
     main(Path(__file__).stem.removeprefix("bench_"), BENCHES)
