@@ -5,12 +5,16 @@ Ours keeps bf16 weights where they lie and computes in f32; the peers compute in
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench_gemm import core_flags
-from cases import CACHED, GGUF, LINEARS, REAL, Model
-from harness import OURS, PEERS, Row, Worker, compile_c, machine, main, make_row, seconds_at_peak, take_turns
+from cases import CACHED, GGUF, LINEARS, OPEN, OPEN_CONFIG, REAL, Model
+from harness import OURS, PEERS, Row, Worker, compile_c, machine, main, make_row, seconds_at_peak, take_turns, time_to_first
 
 from stllava.checkpoint.directory import Checkpoint, read_checkpoint, write_full
 from stllava.checkpoint.gguf_file import write_gguf
@@ -68,19 +72,19 @@ def tower() -> Iterator[Row]:
 DECODE = f"one 7B layer and the head, one token, {CACHED} cached"
 
 
-def decode_limit() -> float:
-    """Every weight and every cached number is read once."""
-    weights = sum(n_out * n_in for n_out, n_in in REAL.linears().values()) + REAL.vocab * REAL.width
-    n_bytes = 2.0 * weights + 2 * 4.0 * CACHED * REAL.width
+def seconds_to_read(layers: int, cached: int) -> float:
+    """Every weight of the layers and the head, and every cached number, once."""
+    weights = layers * sum(n_out * n_in for n_out, n_in in REAL.linears().values()) + REAL.vocab * REAL.width
+    n_bytes = 2.0 * weights + layers * 2 * 4.0 * cached * REAL.width
     return n_bytes / (machine()["memory_bandwidth"] * 1e9)
 
 
 def decode() -> Iterator[Row]:
-    return against_transformers("decode_bf16", "decode", DECODE, rounds=15, limit=decode_limit())
+    return against_transformers("decode_bf16", "decode", DECODE, rounds=15, limit=seconds_to_read(1, CACHED))
 
 
 def decode_llamacpp() -> Iterator[Row]:
-    return against_llamacpp("decode_bf16_llamacpp", "decode", DECODE, layers=1, rounds=15, limit=decode_limit())
+    return against_llamacpp("decode_bf16_llamacpp", "decode", DECODE, layers=1, rounds=15, limit=seconds_to_read(1, CACHED))
 
 
 def prefill_llamacpp() -> Iterator[Row]:
@@ -90,6 +94,42 @@ def prefill_llamacpp() -> Iterator[Row]:
     flop = (REAL.layers - 1) * CACHED * sum(linears.values()) + last + attention + 2.0 * REAL.vocab * REAL.width
     return against_llamacpp("prefill_bf16_llamacpp", "prefill", f"two 7B layers, {CACHED} tokens, logits of the last", layers=REAL.layers, rounds=3,
                             limit=seconds_at_peak(flop))
+
+
+@contextmanager
+def sparse_checkpoint() -> Iterator[None]:
+    """OPEN: 13.5 GB of zeros in three shards that take no room on the disk. Zeros are finite weights, and every logit is 0."""
+    shapes = list(decoder_shapes(LlavaConfig.from_dict(OPEN_CONFIG)).items())
+    weight_map, n_bytes, n_shards = {}, 0, 3
+    OPEN.mkdir(parents=True, exist_ok=True)
+    try:
+        for i in range(n_shards):
+            shard, header, end = f"model-{i + 1:05}-of-{n_shards:05}.safetensors", {}, 0
+            for name, shape in shapes[i * len(shapes) // n_shards : (i + 1) * len(shapes) // n_shards]:
+                begin, end = end, end + 2 * math.prod(shape)
+                header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+                weight_map[name] = shard
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            with (OPEN / shard).open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(file.tell() + end)
+            n_bytes += end
+        (OPEN / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": n_bytes}, "weight_map": weight_map}))
+        (OPEN / "config.json").write_text(json.dumps(OPEN_CONFIG))
+        yield
+    finally:
+        shutil.rmtree(OPEN)
+
+
+def open_13gb() -> Iterator[Row]:
+    """Files that the system has in memory, as after a first use; both sides map them. Work beyond the first layer only adds the same reading to both:
+    open_13gb_token says how much."""
+    with sparse_checkpoint():
+        for id, layers, work in (("open_13gb", 1, "the first layer and the head"), ("open_13gb_token", 32, "all layers")):
+            ours, peer = time_to_first((SELF, "open", str(layers)), ("peers/hf_open.py", str(layers)), rounds=3)
+            yield make_row(id, f"new process, a 7B decoder of 13.5 GB: from_pretrained, one token through {work}", ours, peer, HF, "s", dtype="bf16",
+                           limit=seconds_to_read(layers, 0))
 
 
 def questions() -> Iterator[Row]:
@@ -110,7 +150,7 @@ def linears() -> Iterator[Row]:
 
 
 BENCHES = {"vit_l_336_bf16": tower, "gemm_bf16": linears, "decode_bf16": decode, "decode_bf16_llamacpp": decode_llamacpp,
-           "prefill_bf16_llamacpp": prefill_llamacpp, "questions_12": questions}
+           "prefill_bf16_llamacpp": prefill_llamacpp, "questions_12": questions, "open_13gb": open_13gb}
 
 if __name__ == "__main__":
     main(Path(__file__).stem.removeprefix("bench_"), BENCHES)
