@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 
 from cases import CASES, Model
@@ -42,8 +41,7 @@ def two_threads() -> Iterator[Row]:
 
 def start() -> Iterator[Row]:
     ensure_weights(CASES["tiny_sft"].model)
-    samples = [(time_to_first(OURS, SELF, "tiny_sft"), time_to_first(PEERS, PEER, "tiny_sft", "--trl")) for _ in range(4)]
-    ours, peer = (statistics.median(side) for side in zip(*samples[1:], strict=True))  # the first reads the disk
+    ours, peer = time_to_first((SELF, "tiny_sft"), (PEER, "tiny_sft", "--trl"), rounds=3)
     yield make_row("start_to_first_step", "new process, tiny model, one SFT step", ours, peer, "torch, transformers, peft, trl", "s")
 
 

@@ -176,12 +176,23 @@ CLUSTER = Cluster()
 # Parts of LLaVA-1.5-7B in their real shapes, for bench_real.py.
 REAL = Model(336, 14, 1024, 23, 16, 4096, 11008, 2, 32, 32000, 0)
 CACHED, ANSWER_TOKENS = 700, 20
+GGUF = {n: REAL.directory / f"decoder_{n}.gguf" for n in (1, 2)}  # its first layers, with embeddings and head, for llama.cpp
+OPEN = BUILD / "open_13gb"  # a whole decoder, made by bench_real.py for its row and removed again
+OPEN_CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": REAL.vocab, "hidden_size": REAL.width,
+               "intermediate_size": REAL.ffn, "num_hidden_layers": 32, "num_attention_heads": REAL.heads, "num_key_value_heads": REAL.heads,
+               "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
 LINEARS = {"gemm_bf16_llama": (704, 11008, 4096), "gemm_bf16_vit": (577, 4096, 1024)}  # rows, out, in
 
 
 def decode_prompt() -> np.ndarray:
     """(CACHED,)"""
     return np.random.default_rng(4).integers(3, REAL.vocab, CACHED)
+
+
+def best_logp(logits: np.ndarray) -> float:
+    """Log-probability of the likeliest token; logits (vocabulary,). Another context has another one, by tenths."""
+    shifted = logits - logits.max()
+    return -float(np.log(np.exp(shifted).sum()))
 
 
 def real_questions() -> np.ndarray:

@@ -97,6 +97,11 @@ class Side:
     growth_bytes: int
 
 
+def check_values(ours: str, a: float, peer: str, b: float, tolerance: float) -> None:
+    if not abs(a - b) <= tolerance * max(1.0, abs(b)):
+        raise SystemExit(f"{ours} has {a!r}, {peer} has {b!r}; they do not do the same work")
+
+
 def take_turns(ours: Worker, peer: Worker, *, rounds: int, repeat: int = 1, tolerance: float = TOLERANCE) -> tuple[Side, Side]:
     """One uncounted turn each, then `rounds`. In the first two turns, before and after an update, both sides must have the same value; later rounding grows by
     training."""
@@ -105,8 +110,8 @@ def take_turns(ours: Worker, peer: Worker, *, rounds: int, repeat: int = 1, tole
         for worker, taken in zip((ours, peer), samples, strict=True):
             taken.append(worker.run(repeat))
         a, b = (taken[-1]["value"] for taken in samples)
-        if i_round < 2 and not abs(a - b) <= tolerance * max(1.0, abs(b)):
-            raise SystemExit(f"turn {i_round}: {ours.name} has {a!r}, {peer.name} has {b!r}; they do not do the same work")
+        if i_round < 2:
+            check_values(ours.name, a, peer.name, b, tolerance)
     sides = tuple(Side(statistics.median(s["seconds"] for s in taken[1:]), statistics.median(s["cpu_seconds"] for s in taken[1:]),
                        taken[-1]["peak_bytes"], taken[-1]["growth_bytes"]) for taken in samples)
     print(f"    wall {sides[0].seconds:.4g} : {sides[1].seconds:.4g} s, cpu {sides[0].cpu_seconds:.4g} : {sides[1].cpu_seconds:.4g} s, value {a:.6f} : {b:.6f}",
@@ -114,12 +119,20 @@ def take_turns(ours: Worker, peer: Worker, *, rounds: int, repeat: int = 1, tole
     return sides
 
 
-def time_to_first(command: list[str], *args: str) -> float:
-    """Seconds from starting the process to its first finished step."""
-    started = time.perf_counter()
-    with Worker(command, *args) as worker:
-        worker.run()
-        return time.perf_counter() - started
+def time_to_first(ours: tuple[str, ...], peer: tuple[str, ...], *, rounds: int, tolerance: float = TOLERANCE) -> tuple[float, float]:
+    """Medians of the seconds from starting a process to its first finished step, whose value must be the same. Arguments: script and words of each side.
+    The sides take turns; the first of each reads the disk and is not counted."""
+    samples = []
+    for _ in range(rounds + 1):
+        times, values = [], []
+        for command, words in ((OURS, ours), (PEERS, peer)):
+            started = time.perf_counter()
+            with Worker(command, *words) as worker:
+                values.append(worker.run()["value"])
+                times.append(time.perf_counter() - started)
+        check_values(ours[0], values[0], peer[0], values[1], tolerance)
+        samples.append(times)
+    return tuple(statistics.median(side) for side in zip(*samples[1:], strict=True))
 
 
 # ---- the machine --------------------------------------------------------------------------------------------------------------

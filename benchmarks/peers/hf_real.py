@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from cases import ANSWER_TOKENS, REAL, decode_prompt, real_pixels, real_questions
+from cases import ANSWER_TOKENS, REAL, best_logp, decode_prompt, real_pixels, real_questions
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -47,7 +47,7 @@ def decode() -> Callable[[], float]:
         nonlocal token
         logits = model(token, past_key_values=cache, use_cache=True).logits
         token = logits[:, -1:].argmax(-1)
-        return logits.float().square().mean().sqrt().item()
+        return best_logp(logits[0, -1].float().numpy())
 
     return step
 

@@ -268,6 +268,13 @@ def test_a_file_is_a_decoder_that_answers(written):
         LlavaModel.from_pretrained(written, model_base=written.parent)
 
 
+def test_a_file_without_a_tokenizer_says_so(tmp_path):
+    """llama.cpp does not open a file that has no tokenizer.ggml.model."""
+    write_gguf(tmp_path / "m.gguf", decoder(), dtype="f32")
+    assert gguf_container.read(tmp_path / "m.gguf").metadata["tokenizer.ggml.model"] == "none"
+    assert gguf_tokenizer.read_tokenizer(tmp_path / "m.gguf") is None and read_gguf(tmp_path / "m.gguf").config.vocab_size == DECODER["vocab_size"]
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_a_file_of_half_precision_computes_with_its_values(tmp_path, dtype):
     write_gguf(tmp_path / "m.gguf", decoder(), Tokenizer(SMALL_MODEL), dtype=dtype)

@@ -174,8 +174,8 @@ def write_gguf(path: PathLike, model: LlavaModel | Checkpoint, tokenizer: AnyTok
 
     Args:
         model: adapters must be merged (`merge_and_unload`).
-        tokenizer: default: the model's own; without any, the file has no vocabulary, and llama.cpp refuses it. llama.cpp starts the text after a
-            special token with a blank, as `legacy` tokenizers do.
+        tokenizer: default: the model's own; without any, the file says that it has no vocabulary, and llama.cpp takes and gives ids only. llama.cpp
+            starts the text after a special token with a blank, as `legacy` tokenizers do.
         dtype: of the matrices, rounded to nearest even; vectors are f32, as llama.cpp asks. "f32" keeps every value.
         mmproj: file of the tower, for a model that has one; its projector must be mlp2x_gelu on the patch features, the one kind that
             llama.cpp knows. Layers of the tower behind the feature layer are left out.
@@ -198,7 +198,7 @@ def write_gguf(path: PathLike, model: LlavaModel | Checkpoint, tokenizer: AnyTok
     if missing := [key for key in names.decoder_shapes(config) if key not in tensors]:
         raise FormatError(f"{len(missing)} tensors are missing, first {missing[0]}", field=missing[0])
     general: dict[str, Value] = {"general.name": name, "general.file_type": _FILE_TYPES[dtype]}
-    vocabulary = {} if tokenizer is None else gguf_tokenizer.to_metadata(tokenizer, config.vocab_size)
+    vocabulary = {"tokenizer.ggml.model": "none"} if tokenizer is None else gguf_tokenizer.to_metadata(tokenizer, config.vocab_size)
     if mmproj is not None:
         gguf_mmproj.write(mmproj, config, tensors, lambda key, array: _stored(key, array, config, dtype), general)
     gguf_container.write(path, {"general.architecture": "llama", **general, **_settings(config), **vocabulary}, {
