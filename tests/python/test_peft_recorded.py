@@ -95,6 +95,20 @@ def test_both_spellings_of_magnitudes(tmp_path: Path) -> None:
     assert set(index.read_file(tmp_path / "again" / file.name)) == set(index.read_file(RECORDED / "peft_dora" / file.name))
 
 
+def test_magnitudes_may_come_first(tmp_path: Path) -> None:
+    """How names begin in the file is learnt from any of its tensors."""
+    shutil.copytree(RECORDED / "peft_llava_dora", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {name: array.copy() for name, array in index.read_file(file).items()}
+    file.unlink()
+    index.write_file(tmp_path / "adapter_model.bin", {name: tensors[name] for name in sorted(tensors, key=lambda name: "magnitude" not in name)})
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "target_modules": r"model\.(language_model|vision_tower\.encoder)\.layers\.\d\.\w+\.(k_proj|v_proj|fc1)"}))
+    model = load(tmp_path, "peft_llava_dora")
+    assert model.lora["llm"].target_modules == {"k_proj", "v_proj"} and model.lora["vit"].target_modules == {"k_proj", "v_proj", "fc1"}
+    assert_logits(model, "peft_llava_dora")
+
+
 def test_an_adapter_of_the_whole_model_is_split() -> None:
     """Its settings are about names of LlavaForConditionalGeneration; ours are in ours."""
     found = read_checkpoint(RECORDED / "peft_llava", RECORDED / "hf_llama")

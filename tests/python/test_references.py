@@ -134,7 +134,7 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
     "Tensor.numpy": (lambda w: w.tensor.numpy, lambda w: {}),
     "Tensor.zeros": (lambda w: stllava_c.Tensor.zeros, lambda w: dict(shape=(2, 3), dtype="i64")),
     "Model": (lambda w: stllava_c.Model, lambda w: dict(config=CONFIG, dtype="f64")),
-    "Model.add_lora": (lambda w: lambda **a: stllava_c.Model(TEXT).add_lora(**a), lambda w: dict(module=Q_PROJ, rank=2, scale=0.5, dropout=0.1)),
+    "Model.add_lora": (lambda w: lambda **a: stllava_c.Model(TEXT).add_lora(**a), lambda w: dict(module=Q_PROJ, rank=2, scale=0.5, dropout=0.1, dora=True)),
     "Model.bind": (lambda w: w.text.bind, lambda w: dict(name=NORM, array=w.array)),
     "Model.close": (lambda w: lambda: bind_all(stllava_c.Model(TEXT)).close(), lambda w: {}),
     "Model.effective_weight": (lambda w: w.text.effective_weight, lambda w: dict(module=Q_PROJ)),

@@ -30,7 +30,7 @@ def pictures(tmp_path):
 def with_adapters(dtype="f32", dropout=0.0):
     model = tiny_model(dtype)
     model.add_lora(LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout), "llm")
-    model.add_lora(LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout), "vit")
+    model.add_lora(LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout, use_dora=dropout > 0), "vit")
     return model
 
 

@@ -248,7 +248,7 @@ def from_projector_file(name: str) -> str:
 
 
 def from_decoder_adapter(name: str) -> str:
-    return from_hf(_from_peft(name))
+    return from_hf(from_peft(name))
 
 
 def to_decoder_adapter(name: str) -> str:
@@ -256,14 +256,15 @@ def to_decoder_adapter(name: str) -> str:
 
 
 def from_tower_adapter(name: str) -> str:
-    return _in_tower(_from_peft(name).removeprefix("vision_tower."))
+    return _in_tower(from_peft(name).removeprefix("vision_tower."))
 
 
 def to_tower_adapter(name: str) -> str:
     return _to_peft(name.removeprefix(_TOWER_OWNER))
 
 
-def _from_peft(name: str) -> str:
+def from_peft(name: str) -> str:
+    """A key of an adapter's file -> the tensor as PEFT's model knows it, magnitudes with `.weight`."""
     name = name.removeprefix(_PEFT)
     return name + ".weight" if name.endswith(_MAGNITUDE) else name
 

@@ -292,7 +292,7 @@ def read_adapter(directory: str | os.PathLike[str], to_canonical: Callable[[str]
     if lacking := [module for module in config.modules_to_save if not any(f".{module}." in f".{key}." for key in file if not names.is_lora(key))]:
         raise FormatError(f"{found}: modules_to_save names {lacking[0]!r}, but no such tensor is there", path=found, field=lacking[0])
     return Adapter(config, {name: array for name, array in tensors.items() if name not in saved}, found, saved,
-                   {to_canonical(key): key.removeprefix(_ROOT) for key in file})
+                   {to_canonical(key): names.from_peft(key) for key in file})
 
 
 def _check_key(key: str, file: TensorFile) -> None:
