@@ -32,7 +32,8 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 FLOAT_DTYPES = ("f64", "f32", "f16", "bf16")
 _NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
-_CHUNK = 1 << 22  # elements looked at at once, so that checking a 500 MB tensor needs a few MB
+_CHUNK = 1 << 17  # elements looked at at once: they and what is made of them stay in the second cache
+_EXPONENT = {"f16": 0x7C00, "bf16": 0x7F80}  # all ones: infinite or NaN. NumPy's isfinite of f16 is seven times slower
 
 
 class TensorFile(Mapping[str, np.ndarray]):
@@ -141,11 +142,12 @@ def count_nonfinite(array: np.ndarray) -> int:
     kind = dtype_name(array)
     if kind not in FLOAT_DTYPES:
         return 0
-    flat = array.reshape(-1)
+    exponent = _EXPONENT.get(kind)
+    flat = array.reshape(-1) if exponent is None else array.reshape(-1).view(np.uint16)
     count = 0
     for start in range(0, flat.size, _CHUNK):
         part = flat[start:start + _CHUNK]
-        finite = (part & 0x7F80) != 0x7F80 if kind == "bf16" else np.isfinite(part)
+        finite = np.isfinite(part) if exponent is None else (part & exponent) != exponent
         count += part.size - int(np.count_nonzero(finite))
     return count
 
