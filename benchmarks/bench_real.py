@@ -84,7 +84,7 @@ def decode() -> Iterator[Row]:
 
 
 def decode_llamacpp() -> Iterator[Row]:
-    return against_llamacpp("decode_bf16_llamacpp", "decode", DECODE, layers=1, rounds=15, limit=seconds_to_read(1, CACHED))
+    return against_llamacpp("decode_bf16_llamacpp", "decode", DECODE, layers=1, rounds=41, limit=seconds_to_read(1, CACHED))
 
 
 def prefill_llamacpp() -> Iterator[Row]:
