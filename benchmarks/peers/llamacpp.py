@@ -1,4 +1,5 @@
-"""The decoder in bf16 on llama.cpp: `llamacpp.py decode|prefill`, a worker.
+"""The decoder in bf16 on llama.cpp: `llamacpp.py decode|prefill`, a worker; or `llamacpp.py greedy FILE VOCABULARY COUNT ID...`, which prints what comes
+behind the ids.
 
 llama.cpp's own C functions, which the library inside the wheel exports: `llama_decode` and the logits that it leaves, without the wheel's server and its
 sampler. The two structures of parameters are as the library fills them in; only their first fields are named here, and what arrived is asked back.
@@ -47,13 +48,13 @@ def library() -> ctypes.CDLL:
 
 
 class Decoder:
-    """The first `layers` layers and the head, on as many threads as the harness says."""
+    """The decoder of a file with `vocab` tokens, on as many threads as the harness says."""
 
-    def __init__(self, layers: int) -> None:
-        self.c, threads = library(), int(os.environ["OMP_NUM_THREADS"])
+    def __init__(self, path: os.PathLike[str] | str, vocab: int) -> None:
+        self.c, self.vocab, threads = library(), vocab, int(os.environ["OMP_NUM_THREADS"])
         self.quiet = CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda level, text, data: None)
         self.c.llama_log_set(self.quiet, None)
-        model = self.c.llama_model_load_from_file(os.fsencode(GGUF[layers]), self.c.llama_model_default_params())
+        model = self.c.llama_model_load_from_file(os.fsencode(path), self.c.llama_model_default_params())
         parameters = self.c.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = ROOM
         self.context = self.c.llama_init_from_model(model, parameters)
@@ -67,14 +68,14 @@ class Decoder:
         ids = np.ascontiguousarray(ids, np.int32)
         if status := self.c.llama_decode(self.context, self.c.llama_batch_get_one(ids.ctypes.data, len(ids))):
             raise SystemExit(f"llama_decode: {status}")
-        return np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.context, -1), (REAL.vocab,))
+        return np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.context, -1), (self.vocab,))
 
     def forget(self) -> None:
         self.c.llama_memory_clear(self.c.llama_get_memory(self.context), False)
 
 
 def decode() -> Callable[[], float]:
-    decoder = Decoder(1)
+    decoder = Decoder(GGUF[1], REAL.vocab)
     logits = decoder.read(decode_prompt())
 
     def step() -> float:
@@ -86,7 +87,7 @@ def decode() -> Callable[[], float]:
 
 
 def prefill() -> Callable[[], float]:
-    decoder = Decoder(REAL.layers)
+    decoder = Decoder(GGUF[REAL.layers], REAL.vocab)
 
     def step() -> float:
         decoder.forget()
@@ -95,5 +96,16 @@ def prefill() -> Callable[[], float]:
     return step
 
 
-if __name__ == "__main__":
+def greedy(path: str, vocab: str, count: str, *ids: str) -> None:
+    decoder = Decoder(path, int(vocab))
+    logits = decoder.read(np.array(ids, np.int32))
+    for _ in range(int(count)):
+        token = logits.argmax(keepdims=True)
+        print(int(token[0]))
+        logits = decoder.read(token)
+
+
+if __name__ == "__main__" and sys.argv[1] == "greedy":
+    greedy(*sys.argv[2:])
+elif __name__ == "__main__":
     serve({"decode": decode, "prefill": prefill}[sys.argv[1]])

@@ -6,10 +6,12 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import peers
 import pytest
 import tiny
 from text_data import TEMPLATES, load
@@ -456,3 +458,19 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"a: type 8 is quantised; to read it: pip install 'stllava\[gguf\]'"):
         gguf_container.read(path)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_llama_cpp_says_the_same(tmp_path: Path, dtype: str) -> None:
+    """Greedy ids of what we wrote, in llama.cpp itself (its wheel lives with the peers) and here."""
+    program = Path(peers.__file__).parents[2] / "benchmarks" / "peers" / "llamacpp.py"
+    environment = {**os.environ, "PYTHONPATH": str(program.parents[1]), "OMP_NUM_THREADS": "1"}
+    if not Path(peers.PYTHON).exists() or subprocess.run([peers.PYTHON, "-c", "import xllamacpp"], check=False, capture_output=True).returncode:
+        pytest.skip(f"{peers.PYTHON} has no xllamacpp; benchmarks/peers/requirements.txt names it, STLLAVA_PEERS another interpreter")
+    path, ids = tmp_path / "m.gguf", [1, 5, 9, 30, 7, 7, 100]
+    write_gguf(path, decoder(), Tokenizer(SMALL_MODEL), dtype=dtype)
+    model = LlavaModel.from_pretrained(path)
+    [[ours]] = model.generate([ids], max_new_tokens=24, eos_token_id=[])
+    words = ["greedy", str(path), str(model.config.vocab_size), "24", *map(str, ids)]
+    theirs = subprocess.run([peers.PYTHON, str(program), *words], env=environment, capture_output=True, text=True, check=True).stdout
+    assert ours.ids == [int(word) for word in theirs.split()]
