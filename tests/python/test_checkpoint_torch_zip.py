@@ -150,6 +150,7 @@ BAD_PICKLES = {
     "string longer than the file": (b"\x80\x02X\xff\xff\xff\xff.", "ends too early"),
     "name without an end": (b"\x80\x02c" + b"a" * 1000, "without an end"),
     "mark as a value": (b"\x80\x02(\x85.", "mark"),
+    "tensor in the place of a word": (tensor_pickle().replace(b"X\x07\x00\x00\x00storage", tensor_pickle()[10:-2], 1), "not a storage"),
     # 2^60 references to one object: must not be printed, compared or copied
     "nested tuples that double": (b"\x80\x02)q\x00" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(60)) + b"Q.", "not a storage"),
 }

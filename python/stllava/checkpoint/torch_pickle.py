@@ -155,8 +155,8 @@ class _Program:
 
     def _persistent(self) -> None:
         """('storage', storage class, key, device, count) -> flat array."""
-        match self._pop():
-            case ("storage", _Global(name), str(key), str(_), int(count)) if name in _DTYPE_OF_STORAGE and count >= 0:
+        match self._pop():  # types first: compared with a string, an array is neither true nor false
+            case (str(kind), _Global(name), str(key), str(_), int(count)) if kind == "storage" and name in _DTYPE_OF_STORAGE and count >= 0:
                 self._stack.append(self._storage(key, NUMPY_DTYPES[_DTYPE_OF_STORAGE[name]], count))
             case other:
                 raise self._fail(f"persistent object of type {type(other).__name__} is not a storage")
