@@ -291,6 +291,14 @@ def test_a_run_that_met_a_fault_resumes_to_the_same_weights(tmp_path: Path, amou
         shutil.rmtree(folder)
 
 
+def test_a_resumed_run_deletes_what_the_one_before_could_not(tmp_path: Path) -> None:
+    """A fault in the last rotation leaves a checkpoint too many, and a run that is done saves no other."""
+    trainer_in(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1).train()
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 3
+    trainer_in(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train(resume_from_checkpoint=True)
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-3", "log.jsonl"]
+
+
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
 def test_a_file_system_without_links_gets_copies(tmp_path: Path, built: Any, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     scenario, before, _ = built("final save into the output directory")

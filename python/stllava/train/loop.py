@@ -105,6 +105,7 @@ class Trainer:
         self.before_training()
         if found := find_checkpoint(output_dir, resume):
             state = self.state = resume_checkpoint(found, self.updater, self.plan)
+            rotate(found, args.save_total_limit)  # what ended the run before may have kept it from this
         log_file = output_dir / "log.jsonl"
         atomic.write_bytes(log_file, "".join(_line(row) for row in state.log_history).encode())  # rows after the checkpoint go
         first = state.global_step
