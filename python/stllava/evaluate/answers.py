@@ -108,8 +108,7 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
         prompts = [open_turn(dialogue_without_image(chosen, item.text) if item.image is None else dialogue_about_image(chosen, item.text),
                              chosen.roles[1], model.tokenizer, 0 if item.image is None else 1) for item in batch]
         found = generate(model, prompts, [None if item.image is None else pictures[item.image] for item in batch], batch_size=batch_size,
-                         max_new_tokens=how.max_new_tokens, min_new_tokens=how.min_new_tokens, temperature=how.temperature, top_k=how.top_k,
-                         top_p=how.top_p, repetition_penalty=how.repetition_penalty, stop=(*how.stops, *chosen.stop_strings()),
+                         max_new_tokens=how.max_new_tokens, **how.core_arguments(), stop=(*how.stops, *chosen.stop_strings()),
                          seeds=[item_seed(seed, "question", item.id) for item in batch], feature_cache=feature_cache)
         for item, [answer] in zip(batch, found, strict=True):
             digest = hashlib.blake2b("\x1f".join((model_id, str(item.id), item.text, answer.text)).encode(), digest_size=11).hexdigest()
