@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_flags import base_flags
+
 if TYPE_CHECKING:
     from .checkpoint.describe import Description
     from .checkpoint.directory import Checkpoint
@@ -24,8 +26,7 @@ MAX_LINES = 4
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Say what a checkpoint directory or weight file is and what would be loaded from it, without reading a weight."""
     parser.add_argument("path", metavar="DIR|FILE")
-    parser.add_argument("--model_base", help="base of an adapter directory")
-    parser.add_argument("--vision_tower", help="the tower's directory, where the checkpoint does not hold it; for a .gguf file its mmproj file")
+    base_flags(parser)
     parser.add_argument("--tensors", action="store_true", help="also every tensor with its shape, dtype and file")
     parser.add_argument("--json", action="store_true")
 

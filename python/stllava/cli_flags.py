@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .model import LlavaModel
 
-__all__ = ["add_fields", "load_model", "loading_flags", "model_flags", "parse_bool", "take_fields"]
+__all__ = ["add_fields", "base_flags", "load_model", "loading_flags", "model_flags", "parse_bool", "take_fields"]
 
 
 def add_fields(parser: argparse.ArgumentParser, cls: type, *, skip: Sequence[str] = ()) -> None:
@@ -59,9 +59,13 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     loading_flags(parser)
 
 
-def loading_flags(parser: argparse.ArgumentParser) -> None:
+def base_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_base", help="base of an adapter directory")
     parser.add_argument("--vision_tower", help="the tower's directory, where the checkpoint does not hold it; for a .gguf file its mmproj file")
+
+
+def loading_flags(parser: argparse.ArgumentParser) -> None:
+    base_flags(parser)
     parser.add_argument("--dtype", default="f32", choices=("f32", "f64"))
     parser.add_argument("--num_threads", type=int, default=0, help="default: one per core")
 
