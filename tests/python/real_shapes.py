@@ -67,9 +67,3 @@ def pixels() -> np.ndarray:
 def ids() -> np.ndarray:
     """(48,)"""
     return np.random.default_rng(2).integers(3, DECODER["vocab_size"], 48)
-
-
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Bits, as uint16, of the nearest bfloat16; ties to even."""
-    bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import real_shapes
-from real_shapes import DECODER, TOWER, draw, to_bfloat16
+from real_shapes import DECODER, TOWER, draw
 
 import stllava_c
+from stllava.checkpoint.tensor_file import round_to
 
 RECORDED = Path(__file__).with_name("real_shapes.npz")
 
@@ -50,7 +51,7 @@ def test_tower(recorded: dict[str, np.ndarray]) -> None:
     for narrow, least in ((False, 1 - 1e-6), (True, 0.9995)):
         for name, shape in real_shapes.tower_shapes():
             values = draw(name, shape)
-            model.bind(f"model.vision_tower.vision_tower.vision_model.{name}", to_bfloat16(values) if narrow and len(shape) > 1 else values)
+            model.bind(f"model.vision_tower.vision_tower.vision_model.{name}", round_to(values, "bf16") if narrow and len(shape) > 1 else values)
         features = np.asarray(run.vision_forward(real_shapes.pixels()))[real_shapes.TOKENS]
         assert cosines(features, recorded["features"]).min() > least
 
@@ -66,7 +67,7 @@ def test_decoder(recorded: dict[str, np.ndarray]) -> None:
     for narrow in (False, True):
         for name, shape in real_shapes.decoder_shapes():
             values = draw(name, shape)
-            model.bind(name, to_bfloat16(values) if narrow and len(shape) > 1 else values)
+            model.bind(name, round_to(values, "bf16") if narrow and len(shape) > 1 else values)
         logps = run.forward(batch)
         logits = np.asarray(run.logits(np.arange(len(ids))))
         top = recorded["top_logits"]
