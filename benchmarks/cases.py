@@ -13,6 +13,7 @@ import numpy as np
 
 BUILD = Path(__file__).resolve().parents[1] / "build" / "bench"
 IMAGE_TOKEN, IGNORE = -200, -100
+TOWER, PROJECTOR = "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."  # how the names of their weights begin
 LEARNING_RATE, MAX_GRAD_NORM, BETA = 1e-4, 1.0, 0.1
 
 
@@ -46,6 +47,11 @@ class Model:
                 "mm_vision_config": {"image_size": self.image_size, "patch_size": self.patch_size, "hidden_size": self.tower_width,
                                      "num_hidden_layers": self.tower_layers, "num_attention_heads": self.tower_heads,
                                      "intermediate_size": 4 * self.tower_width, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}}
+
+    @property
+    def decoder_settings(self) -> dict:
+        """Arguments of transformers' LlamaConfig."""
+        return {key: value for key, value in self.config.items() if not key.startswith(("mm_", "model_type"))}
 
     @property
     def directory(self) -> Path:

@@ -7,13 +7,11 @@ import sys
 from collections.abc import Callable
 
 import torch
-from cases import ANSWER_TOKENS, REAL, best_logp, decode_prompt, real_pixels, real_questions
+from cases import ANSWER_TOKENS, PROJECTOR, REAL, TOWER, best_logp, decode_prompt, real_pixels, real_questions
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 from worker import serve
-
-TOWER, PROJECTOR = "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."
 
 
 def load(module: nn.Module, prefix: str) -> nn.Module:
@@ -30,8 +28,7 @@ def tower_model() -> nn.Module:
 
 
 def decoder_model(layers: int) -> nn.Module:
-    settings = {k: v for k, v in REAL.config.items() if not k.startswith(("mm_", "model_type"))} | {"num_hidden_layers": layers}
-    return load(LlamaForCausalLM(LlamaConfig(**settings)), "")
+    return load(LlamaForCausalLM(LlamaConfig(**REAL.decoder_settings | {"num_hidden_layers": layers})), "")
 
 
 def vit() -> Callable[[], float]:

@@ -11,23 +11,21 @@ import sys
 from collections.abc import Callable
 
 import torch
-from cases import BETA, CASES, IGNORE, LEARNING_RATE, MAX_GRAD_NORM, Case, Model
+from cases import BETA, CASES, IGNORE, LEARNING_RATE, MAX_GRAD_NORM, PROJECTOR, TOWER, Case, Model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from worker import serve
 
-TOWER, PROJECTOR = "model.vision_tower.vision_tower.vision_model.", "model.mm_projector."
-
 
 class Llava(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
-        config, weights = model.config, load_file(model.directory / "model.safetensors")
-        self.tower = CLIPVisionModel(CLIPVisionConfig(**config["mm_vision_config"])).requires_grad_(False)
+        weights = load_file(model.directory / "model.safetensors")
+        self.tower = CLIPVisionModel(CLIPVisionConfig(**model.config["mm_vision_config"])).requires_grad_(False)
         self.projector = nn.Sequential(nn.Linear(model.tower_width, model.width), nn.GELU(), nn.Linear(model.width, model.width))
-        decoder = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if not k.startswith(("mm_", "model_type"))}, use_cache=False))
+        decoder = LlamaForCausalLM(LlamaConfig(**model.decoder_settings, use_cache=False))
         for part, prefix in ((self.tower, TOWER), (self.projector, PROJECTOR), (decoder, "")):
             names = [name for name in weights if name.startswith(prefix)] if prefix else list(weights)
             part.load_state_dict({name.removeprefix(prefix): weights.pop(name) for name in names}, assign=True)
