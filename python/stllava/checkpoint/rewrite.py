@@ -19,7 +19,7 @@ from stllava.checkpoint.directory import Checkpoint, Layout, write_full
 from stllava.checkpoint.hf_processor import image_token_of_files, picture_settings, write_processor
 from stllava.checkpoint.index import DEFAULT_SHARD_BYTES, Format
 from stllava.checkpoint.lock import LOCK
-from stllava.checkpoint.rounding import RoundingError, StoredDtype, rounded, target_dtypes
+from stllava.checkpoint.rounding import RoundingError, TargetDtype, rounded, target_dtypes
 from stllava.checkpoint.tensor_file import Deferred, Tensor, row_norms, to_float32
 from stllava.errors import ConfigError
 from stllava.images import ImageProcessor
@@ -35,7 +35,7 @@ class Target:
     """How to write. dtype "keep" is every tensor's own; shard_size in bytes."""
 
     layout: Layout = "llava"
-    dtype: StoredDtype = "keep"
+    dtype: TargetDtype = "keep"
     format: Format = "safetensors"
     shard_size: int = DEFAULT_SHARD_BYTES
 

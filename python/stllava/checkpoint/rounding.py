@@ -16,7 +16,7 @@ from stllava.checkpoint.names import part_of
 from stllava.checkpoint.tensor_file import FLOAT_DTYPES, NUMPY_DTYPES, Deferred, Tensor, count_nonfinite, dtype_name, round_to, to_float32, values_of
 from stllava.errors import NumericsError
 
-StoredDtype = Literal["keep", "f32", "f16", "bf16"]
+TargetDtype = Literal["keep", "f32", "f16", "bf16"]
 _CHUNK = 1 << 16  # of values: what is computed with them stays in the cache
 
 
@@ -105,7 +105,7 @@ def _check_finite(name: str, values: np.ndarray) -> None:
         raise NumericsError(f"{name} has {n} NaN or infinite values of {values.size}: the file is damaged or training diverged", field=name)
 
 
-def target_dtypes(tensors: Mapping[str, Tensor], dtype: StoredDtype) -> dict[str, str]:
+def target_dtypes(tensors: Mapping[str, Tensor], dtype: TargetDtype) -> dict[str, str]:
     """Name -> dtype to write: `dtype`, or the tensor's own for "keep"."""
     if dtype not in ("keep", *FLOAT_DTYPES):
         raise ValueError(f"dtype {dtype!r}: want keep, f32, f16 or bf16")
