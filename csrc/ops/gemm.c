@@ -12,7 +12,7 @@
  *
  * The road not taken: OpenBLAS for large products. Alone it is not batch invariant (it changes kernels with M*N*K), so it would be called on row
  * tiles of one fixed size. Measured on one Ice Lake core at N = K = 2048 (GFLOP/s, register peak 175): M = 1408 ours 136, OpenBLAS free to choose 124,
- * on tiles of 128 or 256 rows 90 to 92; one row, N = K = 4096 (a decoding step): ours 7 ms then, 5 now, tiles 42 to 73, free 12. So it serves only the product
+ * on tiles of 128 or 256 rows 90 to 92; one row, N = K = 4096 (a decoding step): ours 5 ms, tiles 42 to 73, free 12. So it serves only the product
  * that needs no batch invariance, the large weight gradient, and that only where there is no AVX-512 (gemm_blas.h).
  */
 #define STV_REAL_BITS 32 /* gemm.h names both precisions; this file is compiled once and uses neither "real" */
