@@ -66,7 +66,7 @@ def test_eval_prints_counts(tmp_path, model_dir, capsys):
 ])
 def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith(f"stllava {arguments[0]}: ") and "Traceback" not in error
 

@@ -34,7 +34,7 @@ def test_inspect_says_why_it_cannot_be_loaded(tmp_path: Path, capsys: pytest.Cap
     monkeypatch.chdir(tmp_path)  # away from anything that is called hf_llama
     assert main(["inspect", ADAPTER]) == 1
     assert "cannot be loaded" in capsys.readouterr().out
-    assert main(["inspect", "nowhere"]) == 1
+    assert main(["inspect", "nowhere"]) == 2
     assert capsys.readouterr().err == "stllava inspect: nowhere: no such file or directory\n"
 
 
@@ -67,7 +67,7 @@ def test_convert_prints_what_rounding_costs(tmp_path: Path, capsys: pytest.Captu
     (["convert", HF, HF], "is where the checkpoint is read from")])
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(words) == 1
+    assert main(words) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith(f"stllava {words[0]}: ") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def test_a_template_that_does_not_fit_is_said_and_used(talk, model):
     code, answers, errors = talk(["What is it?"], "--conv-mode", "mistral_instruct")
     assert code == 0 and "--conv_mode is mistral_instruct, but model looks like a checkpoint of v1; using mistral_instruct" in errors
     assert answers == [model.chat([{"role": "user", "content": "What is it?"}], template="mistral_instruct", max_new_tokens=5)]
-    assert talk([], "--conv_mode", "nonsense")[::2] == (1, ("stllava chat: --conv_mode: template 'nonsense' is unknown, want one of default, dolly, "
+    assert talk([], "--conv_mode", "nonsense")[::2] == (2, ("stllava chat: --conv_mode: template 'nonsense' is unknown, want one of default, dolly, "
                                                            "llama_2, llava_llama_2, llava_v0, llava_v1, mistral_instruct, mpt, plain, plain_qav, v0, "
                                                            "v0_mmtag, v0_plain, v1, v1_mmtag, v1_sq, vicuna_v1\n"))
 
@@ -135,7 +135,7 @@ def test_features_are_kept(ask, tmp_path):
 def test_a_picture_that_cannot_be_read_ends_the_run_and_loses_nothing(ask, folder):
     (folder / "bad.png").write_bytes(b"no picture")
     code, rows, errors = ask([*QUESTIONS, {"question_id": "bad", "text": "a", "image": "bad.png"}], "--batch_size", "3")
-    assert code == 1 and len(rows) == 9 and "bad.png" in errors
+    assert code == 2 and len(rows) == 9 and "bad.png" in errors
 
 
 def test_what_was_answered_is_not_asked_again(ask, tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_chunks_are_the_whole(ask, tmp_path):
 ])
 def test_what_cannot_be_answered_is_named(ask, questions, flags, words):
     code, rows, errors = ask(questions, *flags)
-    assert (code, rows) == (1, []) and all(word in errors for word in words), errors
+    assert (code, rows) == (2, []) and all(word in errors for word in words), errors
     assert "Traceback" not in errors
 
 
@@ -202,18 +202,18 @@ def test_answers_of_another_model_or_question_are_not_continued(ask, tmp_path):
     for field, now in (("model_id", "'model'"), ("prompt", "'Is it number 3?'")):
         (tmp_path / "a.jsonl").write_text(json.dumps({**whole[3], field: "another"}) + "\n")
         code, _, errors = ask(QUESTIONS)
-        assert code == 1 and f"question 3 has the {field} 'another', but now it is {now}; to answer anew, name another file" in errors
+        assert code == 2 and f"question 3 has the {field} 'another', but now it is {now}; to answer anew, name another file" in errors
 
 
 def test_another_file_is_not_continued(ask, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 3}\n')
     code, rows, errors = ask(QUESTIONS)
-    assert code == 1 and rows == [{"id": 3}] and "a.jsonl: a line without 'question_id'" in errors
+    assert code == 2 and rows == [{"id": 3}] and "a.jsonl: a line without 'question_id'" in errors
 
 
 def test_questions_with_images_need_a_folder(folder, tmp_path, capsys):
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTIONS[0]))
     words = ["generate", "--model_path", str(folder / "model"), "--question_file", str(tmp_path / "q.jsonl"), "--answers_file", str(tmp_path / "a.jsonl")]
-    assert main(words) == 1
+    assert main(words) == 2
     assert "1 questions have an image, the first '0.png'; give --image_folder" in capsys.readouterr().err
     assert not Path(tmp_path / "a.jsonl").exists()

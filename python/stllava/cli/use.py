@@ -9,16 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_flags import add_fields, load_model, loading_flags, model_flags, take_fields
-from .errors import StllavaError
+from stllava.errors import StllavaError
+
+from .flags import Verbs, add_fields, load_model, loading_flags, model_flags, take_fields, template_for
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .chat import ChatSession
-    from .model import LlavaModel
+    from stllava.chat import ChatSession
+    from stllava.model import LlavaModel
 
-__all__ = ["VERBS", "template_for"]
+__all__ = ["VERBS"]
 
 HELP = """/image FILE   shows a picture with what you say next
 /reset        forgets the conversation; the picture is shown again
@@ -27,7 +28,7 @@ HELP = """/image FILE   shows a picture with what you say next
 
 
 def _decoding_flags(parser: argparse.ArgumentParser) -> None:
-    from .generation import DecodingSettings
+    from stllava.generation import DecodingSettings
     add_fields(parser, DecodingSettings, skip=("stop",))
     parser.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="texts that end an answer, besides the template's")
     parser.add_argument("--seed", type=int, default=0, help="default 0: the same answers every time")
@@ -35,19 +36,8 @@ def _decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _decoding(args: argparse.Namespace) -> dict[str, Any]:
-    from .generation import DecodingSettings
+    from stllava.generation import DecodingSettings
     return take_fields(args, DecodingSettings) | {"stop": tuple(args.stop)}
-
-
-def template_for(args: argparse.Namespace, model: LlavaModel) -> str:
-    """The template of `--conv_mode`, or the one guessed; a warning on stderr where they differ."""
-    from .conv_mode import choose_conv_mode, model_name_of
-    from .conversation import check_template
-    chosen, warning = choose_conv_mode(args.conv_mode, model.config, model_name_of(args.model_name_or_path))
-    if warning is not None:
-        print(f"stllava {args.verb}: {warning}", file=sys.stderr)
-    check_template(chosen, model.tokenizer)
-    return chosen
 
 
 # ---- chat --------------------------------------------------------------------------------------------------------------------
@@ -153,11 +143,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from .conv_mode import model_name_of
-    from .data.chunks import get_chunk
-    from .data.records import read_records
-    from .evaluate.answers import KNOWN_FIELDS, answer_questions, read_questions
-    from .feature_cache import FeatureCache
+    from stllava.conv_mode import model_name_of
+    from stllava.data.chunks import get_chunk
+    from stllava.data.records import read_records
+    from stllava.evaluate.answers import KNOWN_FIELDS, answer_questions, read_questions
+    from stllava.feature_cache import FeatureCache
     if args.num_beams != 1:
         raise ValueError(f"--num_beams is {args.num_beams}: there is no beam search, want 1 (greedy with --temperature 0, else sampling)")
     if args.batch_size < 1:
@@ -178,7 +168,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def _images_in(folder: str | None, names: list[str]) -> Callable[[str], str]:
     """Name -> path, after a look that all are there: hours of answers should not end at a missing file."""
-    from .paths import inside
+    from stllava.paths import inside
     if folder is None and names:
         raise ValueError(f"{len(names)} questions have an image, the first {names[0]!r}; give --image_folder")
     paths = {name: str(inside(folder or ".", name)) for name in dict.fromkeys(names)}
@@ -188,5 +178,4 @@ def _images_in(folder: str | None, names: list[str]) -> Callable[[str], str]:
     return paths.__getitem__
 
 
-VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]] = {
-    "chat": (add_chat, run_chat), "generate": (add_generate, run_generate)}
+VERBS: Verbs = {"chat": (add_chat, run_chat), "generate": (add_generate, run_generate)}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from .model import LlavaModel
+    from stllava.model import LlavaModel
 
-__all__ = ["add_fields", "base_flags", "load_model", "loading_flags", "model_flags", "parse_bool", "take_fields"]
+__all__ = ["Verbs", "add_fields", "base_flags", "load_model", "loading_flags", "model_flags", "parse_bool", "take_fields", "template_for"]
+
+Verbs: TypeAlias = dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]]
+"""Name of a verb -> (adds its flags, runs it and gives the exit code). The docstring of the first is the verb's help."""
 
 
 def add_fields(parser: argparse.ArgumentParser, cls: type, *, skip: Sequence[str] = ()) -> None:
@@ -72,8 +76,18 @@ def loading_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> LlavaModel:
     import stllava_c
-
-    from .model import LlavaModel
+    from stllava.model import LlavaModel
     if args.num_threads > 0:
         stllava_c.set_num_threads(args.num_threads)
     return LlavaModel.from_pretrained(args.model_name_or_path, args.model_base, dtype=args.dtype, vision_tower=args.vision_tower)
+
+
+def template_for(args: argparse.Namespace, model: LlavaModel) -> str:
+    """The template of `--conv_mode`, or the one guessed; a warning on stderr where they differ."""
+    from stllava.conv_mode import choose_conv_mode, model_name_of
+    from stllava.conversation import check_template
+    chosen, warning = choose_conv_mode(args.conv_mode, model.config, model_name_of(args.model_name_or_path))
+    if warning is not None:
+        print(f"stllava {args.verb}: {warning}", file=sys.stderr)
+    check_template(chosen, model.tokenizer)
+    return chosen

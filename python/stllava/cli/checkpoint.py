@@ -7,15 +7,14 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_flags import base_flags
+from .flags import Verbs, base_flags
 
 if TYPE_CHECKING:
-    from .checkpoint.describe import Description
-    from .checkpoint.directory import Checkpoint
+    from stllava.checkpoint.describe import Description
+    from stllava.checkpoint.directory import Checkpoint
 
 __all__ = ["VERBS"]
 
@@ -33,7 +32,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Exit code 1 where the directory cannot be loaded."""
-    from .checkpoint.describe import describe
+    from stllava.checkpoint.describe import describe
     found = describe(args.path, args.model_base, args.vision_tower)
     if args.json:
         values = dataclasses.asdict(found)
@@ -96,8 +95,8 @@ def _target_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _rewrite(args: argparse.Namespace, checkpoint: Checkpoint, sources: list[str | None], out: str) -> None:
-    from .checkpoint.lock import run_lock
-    from .checkpoint.rewrite import Target, rewrite
+    from stllava.checkpoint.lock import run_lock
+    from stllava.checkpoint.rewrite import Target, rewrite
     for note in checkpoint.notes:
         print(f"note: {note}", file=sys.stderr)
     with run_lock(out):
@@ -117,8 +116,8 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    from .checkpoint.directory import read_checkpoint
-    from .checkpoint.index import has_weights
+    from stllava.checkpoint.directory import read_checkpoint
+    from stllava.checkpoint.index import has_weights
     if has_weights(args.model_name_or_path) and args.model_base is None:
         raise ValueError(f"{args.model_name_or_path}: holds full weights, there is nothing to merge; `stllava convert` writes them in another form")
     checkpoint = read_checkpoint(args.model_name_or_path, args.model_base, args.vision_tower, check_finite=False)
@@ -138,13 +137,12 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from .checkpoint.directory import read_checkpoint
-    from .checkpoint.index import has_weights
+    from stllava.checkpoint.directory import read_checkpoint
+    from stllava.checkpoint.index import has_weights
     if Path(args.path).is_dir() and not has_weights(args.path):
         raise ValueError(f"{args.path}: holds no full weights; `stllava merge` makes them of adapters and their base")
     checkpoint = read_checkpoint(args.path, vision_tower=args.vision_tower, check_finite=False)
     _rewrite(args, checkpoint, [args.path, args.vision_tower], args.out)
 
 
-VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]] = {
-    "inspect": (add_inspect, run_inspect), "merge": (add_merge, run_merge), "convert": (add_convert, run_convert)}
+VERBS: Verbs = {"inspect": (add_inspect, run_inspect), "merge": (add_merge, run_merge), "convert": (add_convert, run_convert)}
