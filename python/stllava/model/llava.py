@@ -20,23 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 import stllava_c
-
-from .checkpoint import directory, names
-from .checkpoint.atomic import atomic_directory, current
-from .checkpoint.hf_processor import image_token, picture_settings, write_processor
-from .checkpoint.index import Format
-from .checkpoint.peft import LoraConfig
-from .checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, row_norms, to_float32
-from .config import LlavaConfig
-from .config_hf import padded, with_image_token
-from .errors import ConfigError, FormatError, NumericsError
-from .images import ImageProcessor, Picture
-from .text.interface import AnyTokenizer, has_tokenizer, load_tokenizer
-from .tree import Sequence, TreeBatch, build_trees
+from stllava.checkpoint import directory, names
+from stllava.checkpoint.atomic import atomic_directory, current
+from stllava.checkpoint.hf_processor import image_token, picture_settings, write_processor
+from stllava.checkpoint.index import Format
+from stllava.checkpoint.peft import LoraConfig
+from stllava.checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, row_norms, to_float32
+from stllava.config import LlavaConfig
+from stllava.config_hf import padded, with_image_token
+from stllava.errors import ConfigError, FormatError, NumericsError
+from stllava.images import ImageProcessor, Picture
+from stllava.text.interface import AnyTokenizer, has_tokenizer, load_tokenizer
+from stllava.tree import Sequence, TreeBatch, build_trees
 
 if TYPE_CHECKING:
-    from .chat import ChatSession
-    from .generation import Generation
+    from stllava.chat import ChatSession
+    from stllava.generation import Generation
 
 __all__ = ["LlavaModel", "Dtype", "StoredDtype", "NUMPY_DTYPE", "sequence_sums"]
 
@@ -107,8 +106,8 @@ class LlavaModel:
     @classmethod
     def _from_gguf(cls, path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None, mmproj: str | os.PathLike[str] | None,
                    dtype: Dtype, check_finite: bool | None) -> Self:
-        from .checkpoint import gguf_file
-        from .text import gguf_tokenizer
+        from stllava.checkpoint import gguf_file
+        from stllava.text import gguf_tokenizer
         if model_base is not None:
             raise ConfigError(f"{path}: a GGUF file holds a whole model, but model_base {model_base} is given too; leave it out", path=path)
         found = gguf_file.read_gguf(path, mmproj, check_finite=check_finite, show_progress=sys.stderr.isatty())
@@ -410,28 +409,28 @@ class LlavaModel:
 
     def score(self, prompt: str, answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
         """Summed log-probability of each answer after the prompt, (len(answers),) float64; the prompt is computed once."""
-        from .generation import score
+        from stllava.generation import score
         return score(self, prompt, answers, images)
 
     def generate(self, prompts: Seq[str] | Seq[Seq[int]], images: Seq[Picture | tuple[Picture, ...] | None] | None = None,
                  **options: Any) -> list[list[Generation]]:
         """Continuations of each prompt: see :func:`stllava.generation.generate`."""
-        from .generation import generate
+        from stllava.generation import generate
         return generate(self, prompts, images, **options)
 
     def chat(self, messages: Seq[Mapping[str, Any]], images: Seq[Picture] = (), **options: Any) -> str:
         """The assistant's answer to a conversation: see :func:`stllava.chat.chat`."""
-        from .chat import chat
+        from stllava.chat import chat
         return chat(self, messages, images, **options)
 
     def stream(self, prompt: str | Seq[int], images: Seq[Picture] = (), **options: Any) -> Iterator[str]:
         """The text of one continuation, piece by piece: see :func:`stllava.generation.stream`."""
-        from .generation import stream
+        from stllava.generation import stream
         return stream(self, prompt, images, **options)
 
     def chat_session(self, template: str | None = None, **options: Any) -> ChatSession:
         """A conversation that streams and computes only what is new in each turn: see :class:`stllava.chat.ChatSession`."""
-        from .chat import ChatSession
+        from stllava.chat import ChatSession
         return ChatSession(self, template, **options)
 
 
