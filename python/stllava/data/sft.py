@@ -18,7 +18,7 @@ from stllava.tree import Sequence
 from .pictures import Pictures
 from .records import Problem, check_records, read_records
 
-__all__ = ["SFTDataset", "text_budget", "sequence_of"]
+__all__ = ["SFTDataset", "n_words", "sequence_of", "text_budget"]
 
 
 def text_budget(max_length: int | None, n_images: int, tokens_per_image: int) -> int | None:
@@ -69,6 +69,19 @@ class SFTDataset:
         """What messages call the item's samples: their "id", else their row."""
         return [self.records[row].get("id", row) for row in self.items[item]]
 
+    @property
+    def modality_lengths(self) -> list[int]:
+        """LLaVA's: words of each item, negative where it has no picture."""
+        return [sum(n_words(_turns(self.records[row])) for row in rows) * (1 if self._n_pictures(rows) else -1) for rows in self.items]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each item, and the rows of its pictures."""
+        return [abs(n) + self._n_pictures(rows) * self.tokens_per_image for n, rows in zip(self.modality_lengths, self.items, strict=True)]
+
+    def _n_pictures(self, rows: list[int]) -> int:
+        return len({str(image) for row in rows if (image := self.records[row].get("image")) is not None})
+
     def sample(self, row: int, epoch: int) -> Sample:
         """The sample as epoch `epoch` sees it."""
         record = self.records[row]
@@ -94,6 +107,10 @@ class SFTDataset:
         if all(label == IGNORE_INDEX for label in sample.labels[1:]):
             return "length", f"no target is left within max_length {self.max_length} ({sample.n_cut} ids were cut)"
         return None
+
+
+def n_words(turns: Iterable[dict[str, Any]]) -> int:
+    return sum(len(str(turn["value"]).split()) for turn in turns)
 
 
 def _turns(record: dict[str, Any]) -> Any:
