@@ -63,7 +63,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         _one_of(self, "mm_vision_select_feature", (None, "patch", "cls_patch"))
         _one_of(self, "lora_bias", ("none", "all", "lora_only"))
-        _one_of(self, "bits", (16,), "; weights stay as they are stored (bf16, f16 or f32): for less memory use a bf16 or f16 checkpoint, or a .gguf file")
+        _one_of(self, "bits", (16,), "; weights stay as they are stored: for less memory use a bf16 or f16 checkpoint, or a .gguf file")
         _one_of(self, "quant_type", ("nf4", "fp4"))
         _one_of(self, "dtype", ("f32", "f64"))
         for name in ("lora_r", "lora_alpha", "lora_r_vit", "lora_alpha_vit"):
@@ -73,10 +73,11 @@ class ModelArguments:
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name} is {value}, want a number in [0, 1)", field=name)
         if self.lora_weight_path:
-            raise ConfigError(f"lora_weight_path is {self.lora_weight_path!r}: the original never reads it; to go on from an adapter give its directory as "
-                              "model_name_or_path with model_base, or pretrain_lora for the tower's", field="lora_weight_path")
+            raise ConfigError(f"lora_weight_path is {self.lora_weight_path!r}: the original never reads it; to go on from an adapter give its "
+                              "directory as model_name_or_path with model_base, or pretrain_lora for the tower's", field="lora_weight_path")
         if self.tune_mm_mlp_adapter and self.freeze_mm_mlp_adapter:
-            raise ConfigError("tune_mm_mlp_adapter trains the projector alone, freeze_mm_mlp_adapter keeps it as it is; set one", field="tune_mm_mlp_adapter")
+            raise ConfigError("tune_mm_mlp_adapter trains the projector alone, freeze_mm_mlp_adapter keeps it as it is; set one",
+                              field="tune_mm_mlp_adapter")
 
 
 @dataclass(slots=True)
@@ -102,8 +103,8 @@ class DataArguments:
         _one_of(self, "image_aspect_ratio", (None, "pad", "square"))
         _one_of(self, "on_bad_sample", ("error", "skip"))
         if self.data_aug:
-            raise ConfigError("data_aug is True, but there is no augmentation (the original has none either: it hands the value on as a device number); "
-                              "leave it out or set it to False", field="data_aug")
+            raise ConfigError("data_aug is True, but there is no augmentation (nor in the original, which takes it for a device number); leave "
+                              "it out or set it to False", field="data_aug")
         if not 0 <= self.sq_r <= 1:
             raise ConfigError(f"sq_r is {self.sq_r}, want a probability between 0 and 1", field="sq_r")
         if self.model_max_length < 1:
