@@ -181,7 +181,8 @@ def write_gguf(path: PathLike, model: LlavaModel | Checkpoint, tokenizer: AnyTok
         mmproj: file of the tower, for a model that has one; its projector must be mlp2x_gelu on the patch features, the one kind that
             llama.cpp knows. Layers of the tower behind the feature layer are left out.
 
-    Raises ConfigError for a model that llama.cpp cannot run, NumericsError for a value too large for f16; OSError from the system, and then the file that was there before still stands.
+    Raises ConfigError for a model that llama.cpp cannot run, NumericsError for a value too large for f16; OSError from the system, and then the file
+    that was there before still stands.
     """
     if dtype not in _FILE_TYPES:
         raise ConfigError(f"dtype is {dtype!r}, supported: {', '.join(_FILE_TYPES)}", field="dtype")
