@@ -109,3 +109,9 @@ def test_every_share_is_attainable_and_no_other_rounds_to_one(n, data):
     if n <= 1000:
         assert not is_attainable(100 * (k + 0.5) / n, n)
     assert not is_attainable(100.5, n) and not is_attainable(float("nan"), n) and not is_attainable(50.0, 0)
+
+
+def test_no_items_and_no_columns():
+    for groups in (None, []):
+        assert np.isnan(bootstrap_intervals(np.zeros((0, 2)), groups=groups)).all()
+        assert bootstrap_intervals(np.zeros((0, 0)), groups=groups).shape == (0, 2)

@@ -109,7 +109,7 @@ def _resampled_means(values: NDArray[np.float64], n: int, seed: int, groups: Seq
     sums, counts = np.where(present, values, 0.0), present.astype(np.float64)
     if groups is not None:
         number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-        of_item = np.array([number[group] for group in groups])
+        of_item = np.array([number[group] for group in groups], dtype=np.intp)
         sums, counts = (_summed(table, of_item, len(number)) for table in (sums, counts))
     n_drawn = len(sums)
     rng = np.random.default_rng(seed)
@@ -125,5 +125,7 @@ def _resampled_means(values: NDArray[np.float64], n: int, seed: int, groups: Seq
     return means
 
 
-def _summed(table: NDArray[np.float64], of_item: NDArray[np.int_], n_groups: int) -> NDArray[np.float64]:
-    return np.stack([np.bincount(of_item, weights=column, minlength=n_groups) for column in table.T], axis=1)
+def _summed(table: NDArray[np.float64], of_item: NDArray[np.intp], n_groups: int) -> NDArray[np.float64]:
+    sums = np.zeros((n_groups, table.shape[1]))
+    np.add.at(sums, of_item, table)
+    return sums
