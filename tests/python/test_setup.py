@@ -101,8 +101,8 @@ def test_a_decoder_alone_gets_a_tower_and_a_projector(root, base, kind, architec
     assert model.config.model_type == kind and model.config.mm_projector_type == (projector or "linear")
     tensors = model.tensors()
     np.testing.assert_array_equal(tensors["model.norm.weight"], LlavaModel.from_pretrained(root / base).tensors()["model.norm.weight"])
-    towers = [name for name in tensors if names.is_tower(name)]
-    assert towers and all(np.array_equal(tensors[name], fresh_weights(config(), 7)[name]) for name in towers)
+    tower = {name: array for name, array in fresh_weights(config(), 7).items() if names.is_tower(name)}
+    assert tower and all(np.array_equal(tensors[name], array) for name, array in tower.items())
     fresh = fresh_projector(model.config, 42)
     assert all(np.array_equal(tensors[name], fresh[name]) for name in tensors if names.is_projector(name))
     values = model.config.to_dict()
@@ -144,6 +144,17 @@ def test_a_name_that_the_checkpoint_knows_is_no_directory(root):
     assert_same(build(root / "llava", vision_tower="tiny")[0], LlavaModel.from_pretrained(root / "llava"))
     with pytest.raises(FormatError, match="'openai/clip' is not a directory here, and nothing is downloaded"):
         build(root / "llava", vision_tower="openai/clip")
+
+
+def test_the_tower_that_the_checkpoint_names_stands(root, tmp_path):
+    """A merged model holds a better tower than the directory it was made from, whose name it kept."""
+    merged = config(mm_vision_tower=str(root / "clip2"))
+    LlavaModel(merged, fresh_weights(merged, 5), tokenizer=Tokenizer(str(TOKENIZER))).save_pretrained(tmp_path / "merged")
+    model, trainable = build(tmp_path / "merged", vision_tower=str(root / "clip2"), **LORA)
+    name = "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding"
+    assert np.array_equal(model.tensors()[name], fresh_weights(merged, 5)[name])
+    train(model, trainable, root, tmp_path / "out")
+    assert_same(LlavaModel.from_pretrained(tmp_path / "out"), model)
 
 
 def test_another_projector_type_is_fresh(root):

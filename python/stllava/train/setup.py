@@ -1,12 +1,12 @@
 """The model that the original scripts' flags describe: base, vision tower, projector, adapters, and what trains.
 
     base        a LLaVA checkpoint, a decoder alone (LLaMA, Vicuna, Mistral), or an adapter directory with `model_base`
-    tower       `vision_tower`, which wins over what the checkpoint holds or names (spec D21)
+    tower       `vision_tower`; another one than the checkpoint names wins over what it holds (spec D21)
     projector   the checkpoint's; where it has none, or is of another type, a fresh one; `pretrain_mm_mlp_adapter` replaces its values
     adapters    of decoder and tower: new, or those of an adapter directory and of `pretrain_lora`, which train on
 
 Source: LLaVA's train.py and llava_arch.py (initialize_vision_modules), with what the original adds. A flag that has no effect there, or breaks, works
-here, or is refused.
+here, or is refused. `lora_bias` changes nothing: LLaMA and Mistral have no biases.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def build_model(model_args: ModelArguments, training_args: TrainingArguments, da
         ConfigError, FormatError: naming the flag or the file, and what to do.
     """
     _refuse(model_args)
-    tower = _directory_of_tower(model_args)
+    own = _own_config(model_args)
+    tower = _directory_of_tower(model_args, own)
     base = atomic.current(model_args.model_name_or_path)
-    found = _read(model_args, base, tower)
+    found = _read(model_args, base, tower, own)
     _set_up_projector(found, model_args, training_args.seed)
     if model_args.pretrain_lora is not None:
         _continue_tower_adapter(found, model_args)
@@ -108,26 +109,29 @@ def _refuse(args: ModelArguments) -> None:
                           "lora_enable, or freeze_backbone for the tower's adapters alone", field="lora_enable")
 
 
-def _directory_of_tower(args: ModelArguments) -> Path | None:
-    """`vision_tower` if it is here. A name is accepted where the checkpoint knows it, which is seen later."""
-    if args.vision_tower is None or Path(args.vision_tower).is_dir():
-        return None if args.vision_tower is None else Path(args.vision_tower)
-    named = {config.mm_vision_tower for place in (args.model_name_or_path, args.model_base) if place is not None
-             and (Path(place) / CONFIG_FILE).exists() and (config := LlavaConfig.from_pretrained(Path(place) / CONFIG_FILE))}
-    if args.vision_tower in named:
+def _own_config(args: ModelArguments) -> LlavaConfig | None:
+    """The configuration that describes the model, as `read_checkpoint` finds it."""
+    places = (Path(place) / CONFIG_FILE for place in (args.model_name_or_path, args.model_base) if place is not None)
+    found = next((place for place in places if place.exists()), None)
+    return None if found is None else LlavaConfig.from_pretrained(found)
+
+
+def _directory_of_tower(args: ModelArguments, own: LlavaConfig | None) -> Path | None:
+    """`vision_tower`, unless it is the tower that the checkpoint names itself: then that one stands, which may be inside, merged."""
+    if args.vision_tower is None or (own is not None and args.vision_tower == own.mm_vision_tower):
         return None
-    raise FormatError(f"vision_tower {args.vision_tower!r} is not a directory here, and nothing is downloaded; fetch it (for example `hf download "
-                      f"{args.vision_tower} --local-dir DIR`) and pass vision_tower=DIR", field="vision_tower")
+    if not Path(args.vision_tower).is_dir():
+        raise FormatError(f"vision_tower {args.vision_tower!r} is not a directory here, and nothing is downloaded; fetch it (for example "
+                          f"`hf download {args.vision_tower} --local-dir DIR`) and pass vision_tower=DIR", field="vision_tower")
+    return Path(args.vision_tower)
 
 
-def _read(args: ModelArguments, base: Path, tower: Path | None) -> Checkpoint:
-    own = base if (base / CONFIG_FILE).exists() or args.model_base is None else Path(args.model_base)
-    if not (own / CONFIG_FILE).exists() or LlavaConfig.from_pretrained(own / CONFIG_FILE).mm_vision_tower is not None:
-        found = directory.read_checkpoint(base, args.model_base, tower)
-    else:
-        found = directory.read_checkpoint(base, args.model_base)
-        if tower is None:
-            raise ConfigError(f"{base}: is a decoder without a vision tower: pass vision_tower=DIR", path=base, field="vision_tower")
+def _read(args: ModelArguments, base: Path, tower: Path | None, own: LlavaConfig | None) -> Checkpoint:
+    is_decoder = own is not None and own.mm_vision_tower is None
+    if is_decoder and tower is None:
+        raise ConfigError(f"{base}: is a decoder without a vision tower: pass vision_tower=DIR", path=base, field="vision_tower")
+    found = directory.read_checkpoint(base, args.model_base, None if is_decoder else tower)
+    if is_decoder and tower is not None:
         _add_tower(found, tower)
     changes: dict[str, Any] = {name: value for name in ("mm_vision_select_layer", "mm_vision_select_feature")
                                if (value := getattr(args, name)) is not None}
