@@ -1,0 +1,117 @@
+"""An evaluation as tables in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stllava.evaluate.evaluation import Evaluation
+from stllava.evaluate.scoring import Score
+
+__all__ = ["counts_line", "interval", "p_value", "percent", "print_evaluation", "unhelpful_line"]
+
+
+def percent(value: float | None) -> str:
+    return "no items" if value is None else f"{100 * value:.2f}"
+
+
+def interval(score: Score) -> str:
+    return "" if score.low is None or score.high is None else f"{100 * score.low:.1f} to {100 * score.high:.1f}"
+
+
+def p_value(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def counts_line(evaluation: Evaluation) -> str:
+    """Every count, those that need an explanation with one."""
+    n = evaluation.counts
+    parts = [f"n open {n['open']}", f"n closed {n['closed']}", f"n skipped {n['skipped']}" + (" (neither open nor closed)" if n["skipped"] else "")]
+    if n["unanswered"] or n["surplus"]:
+        parts += [f"n unanswered {n['unanswered']} (wrong)", f"n surplus {n['surplus']} (ignored)"]
+    return ", ".join(parts)
+
+
+def unhelpful_line(evaluation: Evaluation) -> str:
+    """Empty answers and refusals, and how many of them a closed metric takes for right."""
+    right = evaluation.n_refused_right
+    taken = f" ({right} of them of closed items that the metric takes for right)" if right else ""
+    return f"empty answers {len(evaluation.empty)}, refusals {len(evaluation.refused)}{taken}"
+
+
+def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Scores, comparisons, groups and published rows to `console`, default the terminal."""
+    console = console or Console()
+    for part in _parts(evaluation):
+        console.print(part, markup=False, highlight=False) if isinstance(part, str) else console.print(part)
+
+
+def _parts(evaluation: Evaluation) -> Iterator[Table | str]:
+    variants = ", ".join(report.variant for report in evaluation.system.reports.values())
+    yield _scores(evaluation, f"{evaluation.title}: {evaluation.system.name}; {variants}, definition {evaluation.system.report.definition}")
+    yield f"{counts_line(evaluation)}; {unhelpful_line(evaluation)}"
+    yield evaluation.how.method
+    if evaluation.rivals:
+        yield _comparisons(evaluation)
+    for heading in evaluation.groups:
+        yield _groups(evaluation, heading)
+    if evaluation.published:
+        yield _published(evaluation)
+    yield evaluation.published_note
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if i == 0 else "right")
+    return table
+
+
+def _scores(evaluation: Evaluation, title: str) -> Table:
+    rivals = evaluation.rivals
+    table = _table(title, "per cent", "value", "95 % interval", "n", *(rival.system.name for rival in rivals))
+    before = ""
+    for score in evaluation.system.scores:
+        if before not in ("", score.metric.metric_set):
+            table.add_section()
+        before = score.metric.metric_set
+        theirs = [percent(rival.system.score(score.metric).value) for rival in rivals]
+        table.add_row(Text(f"{score.metric.id}"), percent(score.value), interval(score), str(score.n), *theirs)
+    return table
+
+
+def _comparisons(evaluation: Evaluation) -> Table:
+    table = _table(f"{evaluation.system.name} minus ...", "", "metric", "points", "95 % interval", "p", "test", "right alone", "same answer")
+    for rival in evaluation.rivals:
+        same = rival.comparison.same
+        for i, one in enumerate(rival.comparison.differences):
+            alone = "" if one.only_first is None else f"{one.only_first} : {one.only_second}"
+            table.add_row(Text("" if i else rival.system.name), one.metric.name, f"{100 * one.difference:+.2f}",
+                          f"{100 * one.low:+.1f} to {100 * one.high:+.1f}", p_value(one.p), one.test, alone,
+                          "" if i or same is None else f"{100 * same:.1f} %")
+        table.add_section()
+    return table
+
+
+def _groups(evaluation: Evaluation, heading: str) -> Table:
+    metrics = evaluation.primary
+    table = _table(f"by {heading}; no interval below {evaluation.how.min_group} items", heading, "n open", "n closed",
+                   *(metric.name for metric in metrics))
+    for group in evaluation.groups[heading]:
+        found = {score.metric: score for score in group.scores}
+        cells = [f"{percent(found[metric].value)} ({interval(found[metric])})".removesuffix(" ()") if found[metric].n else "" for metric in metrics]
+        table.add_row(Text(group.name), str(group.n_open), str(group.n_closed), *cells)
+    return table
+
+
+def _published(evaluation: Evaluation) -> Table:
+    table = _table("published", "", "open_recall", "open_f1", "closed_accuracy_batch", "source")
+    for row in evaluation.published:
+        cells = [f"{row.percent[name]:.2f}{' (not k of n)' if name in row.unattainable else ''}" if name in row.percent else ""
+                 for name in ("open_recall", "open_f1", "closed_accuracy_batch")]
+        table.add_row(Text(row.model), *cells, Text("; ".join((row.source, *row.caveats))))
+    return table
