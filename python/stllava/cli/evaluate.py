@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from .parser import did_you_mean
 
 if TYPE_CHECKING:
     from stllava.evaluate.evaluation import Answers
+    from stllava.evaluate.pictures import TestPictures
     from stllava.evaluate.scoring import Scoring
 
 __all__ = ["VERBS"]
@@ -70,20 +71,28 @@ def _baselines(text: str) -> list[str]:
 
 
 class TestSet(NamedTuple):
-    """`path`: what was read. `folder`: where image names start, None: not known."""
+    """`path`: what was read."""
 
     items: list[dict[str, Any]]
-    image_of: Callable[[str], Any]
+    pictures: TestPictures
     title: str
     benchmark: str | None
     path: Path
-    folder: Path | None
+
+
+class Answered(NamedTuple):
+    """facts: for readers and the manifest. files: those the answers lie in."""
+
+    answers: Answers
+    baselines: list[Answers]
+    facts: dict[str, Any]
+    files: list[Path]
 
 
 def run_eval(args: argparse.Namespace) -> None:
     _check(args)
     from stllava.evaluate.evaluation import Answers, evaluate
-    from stllava.evaluate.predictions import read_predictions, system_name
+    from stllava.evaluate.predictions import predictions_file, read_predictions, system_name
     from stllava.evaluate.render.terminal import print_evaluation
     from stllava.evaluate.runs import has_jinja, write_evaluation
     how, test = _scoring(args), _read(args)
@@ -96,19 +105,19 @@ def run_eval(args: argparse.Namespace) -> None:
 
     other = None if args.compare is None else read(args.compare)
     if args.predictions is not None:
-        answered: tuple[Answers, list[Answers], dict[str, Any]] | None = read(args.predictions), [], {"answers": Path(args.predictions).name}
+        answered: Answered | None = Answered(read(args.predictions), [], {}, [predictions_file(args.predictions)])
     else:
         answered = _answer(args, test)
     if answered is None:
         return
-    ours, baselines, facts = answered
+    ours, baselines, facts, files = answered
     found = evaluate(test.items, ours, how, title=test.title, benchmark=test.benchmark, baselines=[*_majorities(args, test), *baselines], other=other,
                      facts=facts)
     print_evaluation(found)
     if args.out is not None:
         from stllava.evaluate.identity import items_digest
         manifest = {"title": test.title, "benchmark": test.benchmark, "items": {"file": test.path.name, "sha256": items_digest(test.items)}, **facts}
-        *_, last = write_evaluation(found, Path(args.out), manifest, test.image_of if test.folder is not None else None)
+        *_, last = write_evaluation(found, Path(args.out), manifest, files, test.pictures)
         print(f"report: {last.parent}")
 
 
@@ -139,7 +148,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read(args: argparse.Namespace) -> TestSet:
-    from stllava.evaluate.pictures import name_pictures
+    from stllava.evaluate.pictures import TestPictures
     if args.question_file is not None:
         from stllava.data.records import read_records
         path, name, items, title = Path(args.question_file), None, read_records(args.question_file), Path(args.question_file).stem
@@ -153,8 +162,8 @@ def _read(args: argparse.Namespace) -> TestSet:
         items, name = found.items, found.name
         title = " ".join(part for part in (found.name or path.stem, found.split, found.language) if part)
     folder = Path(args.image_folder) if args.image_folder is not None else path if path.is_dir() else path.parent
-    items, image_of = name_pictures(items, folder)
-    return TestSet(items, image_of, title, name, path, folder)
+    pictures = TestPictures(items, folder)
+    return TestSet(pictures.items, pictures, title, name, path)
 
 
 def _scoring(args: argparse.Namespace) -> Scoring:
@@ -182,24 +191,23 @@ def _majorities(args: argparse.Namespace, test: TestSet) -> list[Answers]:
             for name in args.baselines if name.startswith("majority")]
 
 
-def _answer(args: argparse.Namespace, test: TestSet) -> tuple[Answers, list[Answers], dict[str, Any]] | None:
+def _answer(args: argparse.Namespace, test: TestSet) -> Answered | None:
     """The model's answers, its baselines', and facts about it; None: a part was answered, which is not scored."""
     from stllava import __version__
     from stllava.conv_mode import model_name_of
     from stllava.evaluate.answers import read_questions
     from stllava.evaluate.baselines import BASELINES, MODEL_BASELINES
     from stllava.evaluate.evaluation import Answers
-    from stllava.evaluate.identity import items_digest, model_digest
-    from stllava.evaluate.pictures import require_pictures
+    from stllava.evaluate.identity import model_digest
     from stllava.evaluate.runs import AnswerRun
     from stllava.feature_cache import FeatureCache
     questions = read_questions(test.items, test.path)
-    require_pictures(test.items, test.image_of, test.folder)
+    test.pictures.require()
     model = load_model(args)
     template, name = template_for(args, model), model_name_of(args.model_name_or_path)
     settings = {"max_new_tokens": args.max_new_tokens}
-    identity = {"model": model_digest(model)}
-    run = AnswerRun(model, name, template, questions, test.image_of, identity, settings,
+    identity = {"model": model_digest(model), "pictures": test.pictures.digest()}
+    run = AnswerRun(model, name, template, questions, test.pictures, identity, settings,
                     folder=None if args.out is None else Path(args.out), answers_file=None if args.answers_file is None else Path(args.answers_file),
                     n_chunks=args.num_chunks, chunk=args.chunk_idx, batch_size=args.batch_size, seed=args.seed,
                     feature_cache=None if args.feature_cache is None else FeatureCache(args.feature_cache, model))
@@ -208,9 +216,11 @@ def _answer(args: argparse.Namespace, test: TestSet) -> tuple[Answers, list[Answ
         print(f"part {args.chunk_idx} of {args.num_chunks}: {len(rows[None])} answers in {run.path(None, args.num_chunks, args.chunk_idx)}; when all "
               "parts are there, the same command without --num_chunks scores them")
         return None
-    facts = {"package": f"stllava {__version__}", "model": {"name": name, "digest": identity["model"]}, "template": template, "dtype": args.dtype,
-             "decoding": {"temperature": 0.0, **settings}, "test items": items_digest(test.items)[:16]}
-    return (Answers(name, rows[None]), [Answers(one, answers, BASELINES[one]) for one, answers in rows.items() if one is not None], facts)
+    facts = {"package": f"stllava {__version__}", "model": {"name": name, "digest": identity["model"]}, "pictures": identity["pictures"],
+             "template": template, "dtype": args.dtype,
+             "decoding": {"temperature": 0.0, **settings}}
+    baselines = [Answers(one, answers, BASELINES[one]) for one, answers in rows.items() if one is not None]
+    return Answered(Answers(name, rows[None]), baselines, facts, [path for one in rows if (path := run.path(one)) is not None])
 
 
 VERBS: Verbs = {"eval": (add_eval, run_eval)}

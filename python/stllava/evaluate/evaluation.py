@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.evaluate.answers import question_text
 from stllava.evaluate.breakdown import groups_of
 from stllava.evaluate.definitions import Metric
@@ -114,9 +115,13 @@ class Evaluation:
             "n_refused_right": self.n_refused_right, "facts": dict(self.facts),
             "items": [self._item(row) for row in range(len(self.items))]}
 
+    def question(self, row: int) -> str:
+        """What an item asks, without the image's marker."""
+        return str(question_text(self.items[row])).replace(DEFAULT_IMAGE_TOKEN, "").strip()
+
     def _item(self, row: int) -> dict[str, Any]:
         item = self.system.items[row]
-        return {"id": item.id, "image": self.system.images[row], "question": question_text(self.items[row]),
+        return {"id": item.id, "image": self.system.images[row], "question": self.question(row),
                 "type": "open" if item.is_open else "closed", "reference": item.reference, "answer": item.prediction,
                 "reference_normalised": item.reference_normalised, "answer_normalised": item.prediction_normalised,
                 "values": {name: dict(report.items[row].values) for name, report in self.system.reports.items()}}

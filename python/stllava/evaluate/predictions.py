@@ -14,7 +14,7 @@ from stllava.errors import FormatError
 from stllava.limits import MAX_DATA_BYTES
 from stllava.paths import read_regular
 
-__all__ = ["ANSWERS_FILE", "read_predictions", "system_name"]
+__all__ = ["ANSWERS_FILE", "predictions_file", "read_predictions", "system_name"]
 
 ANSWERS_FILE = "answers.jsonl"
 _IDS = ("question_id", "id", "qid")
@@ -32,13 +32,19 @@ def read_predictions(path: str | Path, text_field: str | None = None) -> list[di
     Raises:
         FormatError: naming file, row and what was found; also where two fields could be the answer.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / ANSWERS_FILE).is_file():
-            raise FormatError(f"{path}: no {ANSWERS_FILE} in it; want a folder that `stllava eval --out` wrote, or a file of answers", path=path)
-        path = path / ANSWERS_FILE
+    path = predictions_file(path)
     rows = _rows(path)
     return [_row(path, number, row, text_field) for number, row in enumerate(rows)]
+
+
+def predictions_file(path: str | Path) -> Path:
+    """The file itself, or that of a folder which `stllava eval --out` wrote. Raises FormatError."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / ANSWERS_FILE).is_file():
+        raise FormatError(f"{path}: no {ANSWERS_FILE} in it; want a folder that `stllava eval --out` wrote, or a file of answers", path=path)
+    return path / ANSWERS_FILE
 
 
 def system_name(path: str | Path, rows: list[dict[str, Any]]) -> str:

@@ -18,10 +18,9 @@ from stllava.data.chunks import get_chunk
 from stllava.data.records import read_jsonl
 from stllava.errors import FormatError
 from stllava.evaluate.answers import Question, answer_questions
-from stllava.evaluate.baselines import MODEL_BASELINES, questions_for
+from stllava.evaluate.baselines import questions_for
 from stllava.evaluate.evaluation import SCHEMA, Evaluation
 from stllava.evaluate.identity import digest, file_entry
-from stllava.evaluate.predictions import ANSWERS_FILE
 from stllava.evaluate.render.tables import latex_table, markdown_table
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from stllava.model import LlavaModel
 
 __all__ = ["AnswerRun", "write_evaluation"]
-
-OUTPUTS = ("report.json", "report.html", "table.tex", "table.md")
 
 
 @dataclass(frozen=True)
@@ -105,12 +102,12 @@ def _gather(whole: Path) -> None:
                         file.write(json.dumps(row) + "\n")
 
 
-def write_evaluation(evaluation: Evaluation, folder: Path, manifest: Mapping[str, Any],
+def write_evaluation(evaluation: Evaluation, folder: Path, manifest: Mapping[str, Any], answers: Sequence[Path],
                      image_of: Callable[[str], Any] | None = None) -> Iterator[Path]:
     """Writes every output, each whole or not at all, and yields its path when it is there; the manifest is last.
 
-    The page is left out where jinja2 is not installed. manifest: what the run was made from, JSON. No times and no machine in any file: the same run
-    writes the same bytes.
+    The page is left out where jinja2 is not installed. manifest: what the run was made from, JSON. answers: the files that were scored. No times and
+    no machine in any file: the same run writes the same bytes.
     """
     make_directory(folder)
     contents: dict[str, Callable[[], str]] = {
@@ -122,8 +119,8 @@ def write_evaluation(evaluation: Evaluation, folder: Path, manifest: Mapping[str
     for name, text in contents.items():
         write_bytes(folder / name, text().encode())
         yield folder / name
-    files = [folder / name for name in (ANSWERS_FILE, *(f"answers.{baseline}.jsonl" for baseline in MODEL_BASELINES), *OUTPUTS)]
-    content = {"schema": SCHEMA, **manifest, "files": {path.name: file_entry(path) for path in files if path.is_file()}}
+    files = [*answers, *(folder / name for name in contents)]
+    content = {"schema": SCHEMA, **manifest, "files": {path.name: file_entry(path) for path in files}}
     write_bytes(folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
     yield folder / "manifest.json"
 

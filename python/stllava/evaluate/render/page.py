@@ -13,7 +13,6 @@ from PIL import Image
 
 from stllava.data.steps import item_seed
 from stllava.errors import FormatError
-from stllava.evaluate.answers import question_text
 from stllava.evaluate.evaluation import Evaluation
 from stllava.images import load_image
 
@@ -64,7 +63,7 @@ def worst_errors(evaluation: Evaluation, is_open: bool, image_of: Callable[[str]
         item, name = items[row], evaluation.system.images[row]
         values = ", ".join(f"{metric.name} {evaluation.system.values[row, column]:.2f}" for metric, column in zip(metrics, columns, strict=True))
         picture, why = (None, "no picture") if name is None or image_of is None else picture_address(name, image_of)
-        found.append(WorstError(row, str(item.id), str(question_text(evaluation.items[row])), item.reference, item.prediction or "",
+        found.append(WorstError(row, str(item.id), evaluation.question(row), item.reference, item.prediction or "",
                                 item.reference_normalised, item.prediction_normalised, values, picture, why))
     return found
 

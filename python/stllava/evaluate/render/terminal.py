@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stllava.evaluate.evaluation import Evaluation
+from stllava.evaluate.evaluation import Evaluation, Rival
 from stllava.evaluate.scoring import Score
+from stllava.evaluate.statistics import LEVEL
 
 __all__ = ["counts_line", "interval", "p_value", "percent", "print_evaluation", "unhelpful_line"]
 
@@ -55,8 +56,9 @@ def _parts(evaluation: Evaluation) -> Iterator[Table | str]:
     yield _scores(evaluation, f"{evaluation.title}: {evaluation.system.name}; {variants}, definition {evaluation.system.report.definition}")
     yield f"{counts_line(evaluation)}; {unhelpful_line(evaluation)}"
     yield evaluation.how.method
-    if evaluation.rivals:
-        yield _comparisons(evaluation)
+    yield ""
+    for rival in evaluation.rivals:
+        yield _comparison(evaluation, rival)
     for heading in evaluation.groups:
         yield _groups(evaluation, heading)
     if evaluation.published:
@@ -65,53 +67,58 @@ def _parts(evaluation: Evaluation) -> Iterator[Table | str]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
+    """A text that is too long for 80 columns is cut with an ellipsis."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if i == 0 else "right")
+        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
 def _scores(evaluation: Evaluation, title: str) -> Table:
-    rivals = evaluation.rivals
-    table = _table(title, "per cent", "value", "95 % interval", "n", *(rival.system.name for rival in rivals))
-    before = ""
+    table = _table(title, "per cent", "value", f"{LEVEL} % interval", "n")
+    before = None
     for score in evaluation.system.scores:
-        if before not in ("", score.metric.metric_set):
+        if before not in (None, score.metric.metric_set):
             table.add_section()
         before = score.metric.metric_set
-        theirs = [percent(rival.system.score(score.metric).value) for rival in rivals]
-        table.add_row(Text(f"{score.metric.id}"), percent(score.value), interval(score), str(score.n), *theirs)
+        table.add_row(score.metric.id, percent(score.value), interval(score), str(score.n))
     return table
 
 
-def _comparisons(evaluation: Evaluation) -> Table:
-    table = _table(f"{evaluation.system.name} minus ...", "", "metric", "points", "95 % interval", "p", "test", "right alone", "same answer")
-    for rival in evaluation.rivals:
-        same = rival.comparison.same
-        for i, one in enumerate(rival.comparison.differences):
-            alone = "" if one.only_first is None else f"{one.only_first} : {one.only_second}"
-            table.add_row(Text("" if i else rival.system.name), one.metric.name, f"{100 * one.difference:+.2f}",
-                          f"{100 * one.low:+.1f} to {100 * one.high:+.1f}", p_value(one.p), one.test, alone,
-                          "" if i or same is None else f"{100 * same:.1f} %")
-        table.add_section()
+def _comparison(evaluation: Evaluation, rival: Rival) -> Table:
+    same = rival.comparison.same
+    told = [f"{evaluation.system.name} minus {rival.system.name}", *([rival.note] if rival.note else []),
+            *([] if same is None else [f"the same answer to {100 * same:.1f} % of the items"])]
+    table = _table("; ".join(told), "points", "theirs", "diff.", f"{LEVEL} % interval", "p", "alone")
+    for one in rival.comparison.differences:
+        alone = "" if one.only_first is None else f"{one.only_first} : {one.only_second}"
+        table.add_row(one.metric.name, percent(rival.system.score(one.metric).value), f"{100 * one.difference:+.2f}",
+                      f"{100 * one.low:+.1f} to {100 * one.high:+.1f}", p_value(one.p), alone)
     return table
 
 
 def _groups(evaluation: Evaluation, heading: str) -> Table:
-    metrics = evaluation.primary
-    table = _table(f"by {heading}; no interval below {evaluation.how.min_group} items", heading, "n open", "n closed",
-                   *(metric.name for metric in metrics))
+    last = evaluation.primary[-1].metric_set
+    metrics = [metric for metric in evaluation.primary if metric.metric_set == last]
+    names = [metric.name.removeprefix("strict_").removesuffix("_batch").replace("_", " ") for metric in metrics]
+    table = _table(f"by {heading}, {last}; no interval below {evaluation.how.min_group} items", heading, "open", "closed", *names)
     for group in evaluation.groups[heading]:
         found = {score.metric: score for score in group.scores}
-        cells = [f"{percent(found[metric].value)} ({interval(found[metric])})".removesuffix(" ()") if found[metric].n else "" for metric in metrics]
-        table.add_row(Text(group.name), str(group.n_open), str(group.n_closed), *cells)
+        table.add_row(Text(group.name), str(group.n_open), str(group.n_closed), *(_short(found[metric]) for metric in metrics))
     return table
 
 
+def _short(score: Score) -> str:
+    if score.value is None:
+        return ""
+    spread = "" if score.low is None or score.high is None else f" ({100 * score.low:.0f}-{100 * score.high:.0f})"
+    return f"{100 * score.value:.1f}{spread}"
+
+
 def _published(evaluation: Evaluation) -> Table:
-    table = _table("published", "", "open_recall", "open_f1", "closed_accuracy_batch", "source")
+    table = _table("published, per cent; * not k of n", "", "recall", "F1", "closed", "source")
     for row in evaluation.published:
-        cells = [f"{row.percent[name]:.2f}{' (not k of n)' if name in row.unattainable else ''}" if name in row.percent else ""
+        cells = [f"{row.percent[name]:.2f}{'*' if name in row.unattainable else ''}" if name in row.percent else ""
                  for name in ("open_recall", "open_f1", "closed_accuracy_batch")]
-        table.add_row(Text(row.model), *cells, Text("; ".join((row.source, *row.caveats))))
+        table.add_row(Text(row.model), *cells, Text(row.source))
     return table
