@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ __all__ = ["TestPictures"]
 class TestPictures:
     """Name -> what `load_image` takes.
 
-    folder: where names start, None: not known. items: the given records, with a name for every picture. One that a record holds (``{"bytes", "path"}``,
-    as Hugging Face stores it) gets a digest of it for a name, so that the questions of one picture are one group, whatever rows they stand in.
+    folder: where names start, None: not known. items: the given records, with a name for every picture. One that a record holds
+    (``{"bytes", "path"}``, as Hugging Face stores it) gets a digest of it for a name, so that the questions of one picture are one group.
     """
 
     __test__ = False  # pytest
@@ -39,8 +39,8 @@ class TestPictures:
             raise FormatError(f"{len(files)} pictures are files, the first {self.names[0]!r}; give --image_folder")
         missing = [str(path) for path in files if not path.is_file()]
         if missing:
-            raise FormatError(f"{len(missing)} of {len(files)} pictures are missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}; "
-                              "is --image_folder right?", path=self.folder)
+            shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+            raise FormatError(f"{len(missing)} of {len(files)} pictures are missing: {shown}; is --image_folder right?", path=self.folder)
 
     def digest(self) -> str:
         """SHA-256 of the content of all of them, in the order of the items."""
