@@ -51,8 +51,8 @@ class Scoring:
         """What intervals and tests are, in a sentence."""
         drawn = "images with all their questions" if self.by_image else "questions"
         return (f"{LEVEL} % percentile bootstrap intervals, {self.n_resamples} resamplings of {drawn}, open and closed items by themselves, seed "
-                f"{self.seed} (0 or all of n right: Clopper-Pearson); paired tests over the same items: McNemar's exact test where an item is right or "
-                "wrong, else the paired bootstrap; p two-sided, not corrected for testing several metrics.")
+                f"{self.seed} (0 or all of n right: Clopper-Pearson); paired tests over the same items: McNemar's exact test where an item is right "
+                "or wrong, else the paired bootstrap; p two-sided, not corrected for testing several metrics.")
 
 
 @dataclass(frozen=True, slots=True)
