@@ -9,6 +9,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import published
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -193,6 +194,42 @@ def test_published_rows_stand_beside_a_benchmark_of_their_size(vqa_rad, tmp_path
     assert "not k of\n272" in "".join(page.text)
     assert re.search(r"STLLaVA-Med 7B \(published\) & 37\.12 & 10\.83 & 60\.35", (tmp_path / "table.tex").read_text())
     assert "60.35 is not k of 272" in (tmp_path / "table.md").read_text().replace("\\", "")
+
+
+LAYOUTS = {  # name -> (makes the files and gives their path, benchmark, open and closed items, a heading of its groups)
+    "vqa-rad": (published.vqa_rad, "vqa-rad", 1, 2, "phrase type"),
+    "data_RAD": (published.data_rad, "vqa-rad", 1, 2, "phrase type"),
+    "slake": (published.slake, "slake", 1, 2, "question type"),
+    "pathvqa": (published.pathvqa, "pathvqa", 2, 1, "question type"),
+    "pathvqa, qa": (lambda folder: published.pathvqa(folder, "qa"), "pathvqa", 2, 1, None),
+    "parquet": (lambda folder: published.write_parquet(folder / "test.parquet", published.hub_rows(folder)), None, 1, 2, None),
+    "parquet, paths": (lambda folder: published.write_parquet(folder / "test.parquet", published.hub_rows(folder, embedded=False)), None, 1, 2, None)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_benchmarks_in_their_published_layouts(layout, tmp_path, model_dir, capsys):
+    make, name, n_open, n_closed, heading = LAYOUTS[layout]
+    path = make(tmp_path / "data")
+    chosen = ["--benchmark", name, "--data", str(path)] if name else ["--benchmark", str(path)]
+    assert main(["eval", model_dir, *chosen, "--max_new_tokens", "2", "--bootstrap", "50", "--out", str(tmp_path / "out"), "--baselines", "shuffled_image"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["benchmark"], report["counts"]["open"], report["counts"]["closed"]) == (name, n_open, n_closed)
+    assert set(report["groups"]) == ({heading} if heading else set()) and report["published"]["rows"] == []
+    assert f"here are {n_open} and {n_closed}" in report["published"]["note"] or name is None
+    assert "<img" in (tmp_path / "out" / "report.html").read_text()
+    assert all(row["prompt"] and "<image>" not in row["prompt"] for row in rows_of(tmp_path / "out" / "answers.jsonl"))
+    images = {row["image"] for row in report["items"]}
+    assert len(images) >= 2 and all(image.startswith("embedded:") for image in images) == (layout == "parquet")
+
+
+def test_the_majority_of_a_benchmarks_training_split(tmp_path, capsys):
+    folder = published.vqa_rad(tmp_path / "data")
+    (tmp_path / "answers.json").write_text(json.dumps({"3": "left", "4": "no", "5": "no"}))
+    assert main(["eval", "--predictions", str(tmp_path / "answers.json"), "--benchmark", "vqa-rad", "--data", str(folder), "--bootstrap", "50", "--baselines",
+                 "majority,majority_by_type", "--train_file", str(folder), "--out", str(tmp_path / "out")]) == 0
+    baselines = json.loads((tmp_path / "out" / "report.json").read_text())["baselines"]
+    assert [one["note"].split(", ")[-1] for one in baselines] == ["counted in data"] * 2
+    assert [score["value"] for one in baselines for score in one["scores"] if score["metric"] == "strict_closed_accuracy@1"] == [0.5, 0.5]  # "no", of "no", "yes"
 
 
 def test_majority_of_a_train_file(vqa_rad, data, capsys):

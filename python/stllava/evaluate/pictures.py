@@ -56,8 +56,10 @@ class TestPictures:
 
     def _named(self, item: Mapping[str, Any]) -> dict[str, Any]:
         image = item.get("image")
-        if not isinstance(image, Mapping) or not isinstance(image.get("bytes"), (bytes, bytearray)):
+        if not isinstance(image, Mapping):
             return dict(item)
+        if not isinstance(image.get("bytes"), (bytes, bytearray)):
+            return {**item, "image": image.get("path")}
         data = bytes(image["bytes"])
         name = f"embedded:{hashlib.sha256(data).hexdigest()[:16]}"
         self._held[name] = data
