@@ -26,6 +26,7 @@ from stllava.evaluate.published import SPLITS
 from stllava.evaluate.render.page import html_page
 from stllava.evaluate.render.tables import latex_table, markdown_table
 from stllava.evaluate.render.terminal import print_evaluation
+from stllava.evaluate.runs import write_evaluation
 from stllava.evaluate.scoring import Scoring
 
 FAST = Scoring(n_resamples=50)
@@ -105,7 +106,7 @@ def test_a_model_through_every_output_twice_and_in_parts(tmp_path, data, model_d
     same = {one["name"]: one["comparison"]["same_answer"] for one in report["baselines"]}
     assert same["no_image"] >= 1 / 7 and same["shuffled_image"] >= 1 / 7  # the question that has no picture
     manifest = json.loads(first["manifest.json"])
-    assert set(manifest["files"]) == set(first) - {"manifest.json"} and manifest["template"] == "v1" and str(tmp_path) not in first["manifest.json"].decode()
+    assert set(manifest["files"]) == set(first) - {"manifest.json"} and manifest["facts"]["template"] == "v1" and str(tmp_path) not in first["manifest.json"].decode()
 
     assert main(words) == 0  # again: nothing to answer, the same bytes
     assert contents(tmp_path / "one") == first
@@ -125,7 +126,17 @@ def test_a_model_through_every_output_twice_and_in_parts(tmp_path, data, model_d
     third = json.loads((tmp_path / "three" / "report.json").read_text())
     assert third["scores"] == report["scores"] and third["compared_with"]["comparison"]["same_answer"] == 1.0
     assert all(one["p"] == 1.0 and one["difference"] == 0.0 for one in third["compared_with"]["comparison"]["differences"])
-    assert json.loads((tmp_path / "three" / "manifest.json").read_text())["files"]["answers.jsonl"] == manifest["files"]["answers.jsonl"]
+    again = json.loads((tmp_path / "three" / "manifest.json").read_text())
+    assert again["files"]["answers.jsonl"] == manifest["files"]["answers.jsonl"] and again["facts"] == manifest["facts"]
+
+    # a part of another run is refused before anything is written
+    before = contents(tmp_path / "two")
+    (tmp_path / "two" / "answers.jsonl").unlink()
+    part = tmp_path / "two" / "answers.chunk-1-of-3.jsonl"
+    part.write_text(part.read_text().replace('"run": "', '"run": "0'))
+    assert main([word.replace("/one", "/two") for word in words]) == 2
+    assert "answers.chunk-1-of-3.jsonl: holds answers of a run with another model" in capsys.readouterr().err
+    assert not (tmp_path / "two" / "answers.jsonl").exists() and (tmp_path / "two" / "report.json").read_bytes() == before["report.json"]
 
 
 def test_old_flags(tmp_path, data, model_dir, capsys):
@@ -297,7 +308,7 @@ def test_unmatched_answers(vqa_rad, tmp_path, capsys):
 
 # ---- pages -------------------------------------------------------------------------------------------------------------------
 
-HOSTILE = "</td><script>alert(1)</script>&\\input{x}%$_{}|`<img src=http://x>\n\x1b[31m[bold]"
+HOSTILE = "</td><script>alert(1)</script>&\\input{x}%$_{}|`<img src=http://x>\n\x1b[31m[bold]\ud800"
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +336,14 @@ def test_a_picture_that_cannot_be_read_is_said_to_be(data, tmp_path):
     found = evaluate(items, Answers("a", [{"id": 0, "text": "no"}]), FAST)
     page = html_page(found, TestPictures(items, tmp_path))
     assert "gone.png" in page and "<img" not in page
+
+
+def test_hostile_texts_are_written(hostile, tmp_path):
+    found, pictures = hostile
+    written = [path.name for path in write_evaluation(found, tmp_path / "out", {}, [], pictures)]
+    assert sorted(written) == OUTPUTS and written[-1] == "manifest.json"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["title"] == HOSTILE
+    assert "alert(1)" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_tables_escape(hostile):

@@ -94,7 +94,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from stllava.evaluate.evaluation import Answers, evaluate
     from stllava.evaluate.predictions import predictions_file, read_predictions, system_name
     from stllava.evaluate.render.terminal import print_evaluation
-    from stllava.evaluate.runs import has_jinja, write_evaluation
+    from stllava.evaluate.runs import facts_of, has_jinja, write_evaluation
     how, test = _scoring(args), _read(args)
     if args.out is not None and not has_jinja():
         print("stllava eval: no report.html: it needs jinja2 (pip install 'stllava[report]')", file=sys.stderr)
@@ -105,7 +105,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
     other = None if args.compare is None else read(args.compare)
     if args.predictions is not None:
-        answered: Answered | None = Answered(read(args.predictions), [], {}, [predictions_file(args.predictions)])
+        answered: Answered | None = Answered(read(args.predictions), [], facts_of(Path(args.predictions)), [predictions_file(args.predictions)])
     else:
         answered = _answer(args, test)
     if answered is None:
@@ -116,7 +116,7 @@ def run_eval(args: argparse.Namespace) -> None:
     print_evaluation(found)
     if args.out is not None:
         from stllava.evaluate.identity import items_digest
-        manifest = {"title": test.title, "benchmark": test.benchmark, "items": {"file": test.path.name, "sha256": items_digest(test.items)}, **facts}
+        manifest = {"title": test.title, "benchmark": test.benchmark, "items": {"file": test.path.name, "sha256": items_digest(test.items)}}
         *_, last = write_evaluation(found, Path(args.out), manifest, files, test.pictures)
         print(f"report: {last.parent}")
 

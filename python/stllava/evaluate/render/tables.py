@@ -53,7 +53,8 @@ def _rows(evaluation: Evaluation) -> tuple[list[str], list[tuple[str, list[tuple
             for system in (evaluation.system, *(rival.system for rival in evaluation.rivals))]
     for row in evaluation.published:
         values = [f"{row.percent[metric.name]:.2f}" if metric.name in row.percent else "" for metric in metrics]
-        rows.append((f"{row.model} (published)", [(value, "") for value in values]))
+        if any(values):
+            rows.append((f"{row.model} (published)", [(value, "") for value in values]))
     return [_heading(metric) for metric in metrics], rows
 
 
