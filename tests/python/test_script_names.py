@@ -16,7 +16,13 @@ from stllava.conversation import SeparatorStyle, conv_templates, default_convers
 from stllava.errors import ConfigError, FormatError
 from stllava.images import ImageError, ImageProcessor
 from stllava.mm_utils import (
-    KeywordsStoppingCriteria, expand2square, get_model_name_from_path, load_image_from_base64, process_images, tokenizer_image_token)
+    KeywordsStoppingCriteria,
+    expand2square,
+    get_model_name_from_path,
+    load_image_from_base64,
+    process_images,
+    tokenizer_image_token,
+)
 from stllava.model import LlavaModel
 from stllava.model.builder import load_pretrained_model
 from stllava.utils import disable_torch_init
