@@ -72,6 +72,14 @@ class LlavaModel:
         self._bind(tensors)
         self.run = stllava_c.Run(self.core)
 
+    def __repr__(self) -> str:
+        from .summary import model_line
+        return model_line(self)
+
+    def _repr_html_(self) -> str:
+        from .summary import model_html
+        return model_html(self)
+
     # ---- loading and saving ------------------------------------------------------------------------------------------
 
     @classmethod
