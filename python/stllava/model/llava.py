@@ -415,7 +415,7 @@ class LlavaModel:
         pixels = self.pixels(images)
         return self.run.encode(pixels, adapters=self.adapters_enabled).reshape(len(pixels), self.core.tokens_per_image, -1)
 
-    def score(self, prompt: str, answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
+    def score(self, prompt: str | Seq[int], answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
         """Summed log-probability of each answer after the prompt, (len(answers),) float64; the prompt is computed once."""
         from stllava.generation import score
         return score(self, prompt, answers, images)
