@@ -65,7 +65,7 @@ def test_properties_of_scores(n, seed, order):
     answers = answers_to(items, seed)
     found = score_answers("a", items, answers, FAST)
     for score in found.scores:
-        assert score.value is None and score.n == 0 or (0 <= score.low <= score.high <= 1)
+        assert (score.value is None and score.n == 0) or (0 <= score.low <= score.high <= 1)
         if score.metric.share and score.n:
             assert score.attainable and (score.value * score.n) == pytest.approx(round(score.value * score.n), abs=1e-9)
             assert is_attainable(round(100 * score.value, 2), score.n)
