@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from published import slake
 from talking import picture, talking_model
 
 from stllava.checkpoint.lock import run_lock
@@ -210,6 +211,20 @@ def test_candidates(): ...
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines(["closed_accuracy_batch@1 of model on test.json: no closed item to compute it from (1 open, 0 closed)",
                                  "open_accuracy_run_eval@1 of model on test.json: not computed, it needs a list of candidate answers"])
+
+
+def test_data_may_be_a_published_benchmark(run, pytester):
+    slake(pytester.path / "slake")
+    result = run(f"""
+import pytest
+
+@pytest.mark.filterwarnings("ignore:.*published")
+@{MARKER.replace('"test.json", image_folder="images"', '"slake", benchmark="SLAKE", language="zh"')})
+def test_it(vqa_report):
+    assert vqa_report.n_open + vqa_report.n_closed == len(vqa_report.items) > 0
+""")
+    result.assert_outcomes(passed=1)
+    assert result.loaded == 1
 
 
 def test_another_worker_computes_the_same_answers(made, tmp_path, monkeypatch):

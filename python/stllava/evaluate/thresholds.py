@@ -18,14 +18,15 @@ from stllava import __version__
 from stllava.checkpoint.atomic import make_directory
 from stllava.checkpoint.lock import LockedError
 from stllava.conv_mode import choose_conv_mode, model_name_of
+from stllava.data.benchmarks import read_benchmark
 from stllava.data.records import read_jsonl, read_records
 from stllava.evaluate.answers import Question, answer_questions, read_questions
 from stllava.evaluate.definitions import CLOSED_VARIANTS, METRIC_SETS, METRICS, Metric
+from stllava.evaluate.pictures import TestPictures
 from stllava.evaluate.report import VqaReport
 from stllava.evaluate.statistics import bootstrap_intervals
 from stllava.evaluate.vqa import evaluate_vqa
 from stllava.model import LlavaModel
-from stllava.paths import inside
 
 __all__ = ["Evaluations", "Vqa", "read_markers"]
 
@@ -44,8 +45,8 @@ class Vqa:
 
     Args:
         model: checkpoint directory, or .gguf file. model_base: the base an adapter directory belongs to.
-        data: a file of LLaVA-Med test items, or the directory of a published benchmark. benchmark, split, language: which
-            (:func:`stllava.data.benchmarks.read_benchmark`).
+        data: a file of LLaVA-Med test items; or, if it is a directory or `benchmark` is given, what
+            :func:`stllava.data.benchmarks.read_benchmark` reads, with `benchmark`, `split` and `language`.
         image_folder: where `image` names start; default: the folder of the data.
         metric: name of `stllava.evaluate.definitions.METRICS`, with or without version and set: "closed accuracy" is that of `metric_set` and,
             in ``"compat"``, of the variant `closed`. at_least: a fraction in [0, 1].
@@ -155,7 +156,7 @@ class Evaluations:
         self.folder = folder
         self._models: dict[str, LlavaModel] = {}
         self._reports: dict[Vqa, VqaReport] = {}
-        self._items: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        self._pictures: dict[tuple[str | None, ...], TestPictures] = {}
         self._digests: dict[str, str] = {}
 
     def model(self, path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None, **options: Any) -> LlavaModel:
@@ -177,16 +178,22 @@ class Evaluations:
         return self._reports[key]
 
     def items(self, vqa: Vqa) -> list[dict[str, Any]]:
-        key = (vqa.data, str(vqa.benchmark), vqa.split, vqa.language)
-        if key not in self._items:
-            self._items[key] = read_records(vqa.data)
-        return self._items[key]
+        """The test set's."""
+        return self._test_set(vqa).items
+
+    def _test_set(self, vqa: Vqa) -> TestPictures:
+        key = (vqa.data, vqa.image_folder, vqa.benchmark, vqa.split, vqa.language)
+        if key not in self._pictures:
+            path = Path(vqa.data)
+            items = read_benchmark(path, vqa.benchmark, vqa.split, vqa.language) if path.is_dir() or vqa.benchmark is not None else read_records(path)
+            self._pictures[key] = TestPictures(items, vqa.image_folder or (path if path.is_dir() else path.parent))
+        return self._pictures[key]
 
     def answers(self, vqa: Vqa) -> list[dict[str, Any]]:
         """An answer for every question, kept ones where they are: the file's name has a digest of all that answers depend on."""
-        questions = read_questions(self.items(vqa), vqa.data)
-        folder = Path(vqa.data).parent if vqa.image_folder is None else Path(vqa.image_folder)
-        pictures = {name: inside(folder, name) for question in questions if (name := question.image) is not None}
+        pictures = self._test_set(vqa)
+        questions = read_questions(pictures.items, vqa.data)
+        pictures.require()
         digest = self._digest_of(vqa, questions, pictures)
         file = make_directory(self.folder) / f"{model_name_of(vqa.model)}.{Path(vqa.data).stem}.{digest[:16]}.jsonl"
         kept = {row["question_id"]: row for row in read_jsonl(file, cut_off=True)} if file.exists() else {}
@@ -196,7 +203,7 @@ class Evaluations:
         template, _warning = choose_conv_mode(vqa.template, model.config, model_name_of(vqa.model))
         while True:
             try:
-                return answer_questions(model, questions, lambda name: str(pictures[name]), template=template, out=file, progress=False,
+                return answer_questions(model, questions, pictures, template=template, out=file, progress=False,
                                         model_id=model_name_of(vqa.model), max_new_tokens=vqa.max_new_tokens)
             except LockedError:  # another worker of this session computes them
                 time.sleep(1)
@@ -240,10 +247,10 @@ class Evaluations:
 
     # ---- what answers depend on --------------------------------------------------------------------------------------
 
-    def _digest_of(self, vqa: Vqa, questions: Sequence[Question], pictures: Mapping[str, Path]) -> str:
+    def _digest_of(self, vqa: Vqa, questions: Sequence[Question], pictures: TestPictures) -> str:
         """Of the model's files, the questions, the pictures they show, and the settings. A tower that lies elsewhere counts by its name."""
         text = json.dumps([__version__, vqa.template, vqa.max_new_tokens, self._digest_of_model(vqa.model),
-                           vqa.model_base and self._digest_of_model(vqa.model_base), questions, [_sha256([path]) for path in pictures.values()]])
+                           vqa.model_base and self._digest_of_model(vqa.model_base), questions, pictures.digest()])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _digest_of_model(self, path: str) -> str:
