@@ -35,7 +35,7 @@ class TrainingArguments:
     `lr_scheduler_type`, `lr_scheduler_kwargs` (a dictionary, or its JSON): see `train.schedule`. `evaluation_strategy` is `eval_strategy`, as before.
     `metric_for_best_model`: "loss" where a best model is asked for and no metric is; `greater_is_better`: unless that name ends with "loss".
     `report_to`: "none", "all", or of "tensorboard" and "wandb". `save_safetensors`: .safetensors files in place of torch's .bin.
-    `group_by_length`, `group_by_modality_length` (LLaVA's): see `train.plan`. `train_sampling_strategy` "random", "sequential" or "group_by_length" is
+    `group_by_length`, `group_by_modality_length` (LLaVA's): see `train.plan`. `train_sampling_strategy` "random", "sequential", "group_by_length" is
     transformers 5's name for `shuffle` and `group_by_length`. `early_stopping_patience`: see `callbacks.EarlyStoppingCallback`.
     `hf_compat` "4.31" or "latest": that transformers' count of updates, left-over micro-batches, logged rate and, unless `loss_reduction` says
     otherwise, SFT's mean: "micro_mean" of micro-batches, or "token_mean" of all targets of an update.
