@@ -81,7 +81,8 @@ def _text(record: Mapping[str, Any]) -> Any:
 
 def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | Question], image_of: Callable[[str], Any], *, template: str = "v1",
                      batch_size: int = 32, out: str | Path | None = None, progress: bool = True, label: str = "answer", model_id: str = "",
-                     seed: int = 0, feature_cache: FeatureCache | None = None, **settings: Any) -> list[dict[str, Any]]:
+                     seed: int = 0, feature_cache: FeatureCache | None = None, metadata: Mapping[str, Any] | None = None,
+                     **settings: Any) -> list[dict[str, Any]]:
     """Answers question records.
 
     Args:
@@ -90,6 +91,7 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
         batch_size: questions answered together. Those of one image stay together where they are no more than this, and then the image, and the rows
             that their prompts begin with, are computed once.
         seed: a question's draws depend on this and its id. feature_cache: as for `generate`. settings: fields of `DecodingSettings`.
+        metadata: what every answer carries under that name, such as a digest of the run; an answer in `out` with another is another run's.
 
     Returns:
         ``{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`` per question, in order. answer_id is a digest of the rest.
@@ -97,7 +99,7 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
     Raises:
         DataError: see `read_questions`. FormatError: an unreadable picture, or `out` holds something else, as answers of another model.
     """
-    chosen, how = as_template(template), DecodingSettings(**settings)
+    chosen, how, extra = as_template(template), DecodingSettings(**settings), dict(metadata or {})
     given = list(questions)
     items = [item for item in given if isinstance(item, Question)]
     if len(items) < len(given):
@@ -112,13 +114,13 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
                          seeds=[item_seed(seed, "question", item.id) for item in batch], feature_cache=feature_cache)
         for item, [answer] in zip(batch, found, strict=True):
             digest = hashlib.blake2b("\x1f".join((model_id, str(item.id), item.text, answer.text)).encode(), digest_size=11).hexdigest()
-            yield {"question_id": item.id, "prompt": item.text, "text": answer.text, "answer_id": digest, "model_id": model_id, "metadata": {}}
+            yield {"question_id": item.id, "prompt": item.text, "text": answer.text, "answer_id": digest, "model_id": model_id, "metadata": extra}
 
     def check(item: Question, row: dict[str, Any]) -> None:
-        for field, wanted in (("prompt", item.text), ("model_id", model_id)):
-            if row.get(field) != wanted:
+        for field, wanted in (("prompt", item.text), ("model_id", model_id), ("metadata", extra)):
+            if row.get(field) != wanted and (field != "metadata" or extra):
                 raise FormatError(f"{out}: the answer to question {item.id!r} has the {field} {str(row.get(field))[:80]!r}, but now it is "
-                                  f"{wanted[:80]!r}; to answer anew, name another file", field=field)
+                                  f"{str(wanted)[:80]!r}; to answer anew, name another file", field=field)
 
     return run_step(items, lambda item: item.id, work, out=out, batch_size=batch_size, label=label, progress=progress, field="question_id",
                     check=check, group=lambda item: ("image", item.image) if item.image is not None else ("text", item.id))

@@ -25,10 +25,11 @@ from stllava.checkpoint.atomic import atomic_directory, current
 from stllava.checkpoint.hf_processor import image_token, picture_settings, write_processor
 from stllava.checkpoint.index import Format
 from stllava.checkpoint.peft import LoraConfig
-from stllava.checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, row_norms, to_float32
+from stllava.checkpoint.rounding import round_tensor
+from stllava.checkpoint.tensor_file import dtype_name, row_norms, to_float32
 from stllava.config import LlavaConfig
 from stllava.config_hf import padded, with_image_token
-from stllava.errors import ConfigError, FormatError, NumericsError
+from stllava.errors import ConfigError, FormatError
 from stllava.images import ImageProcessor, Picture
 from stllava.text.interface import AnyTokenizer, has_tokenizer, load_tokenizer
 from stllava.tree import Sequence, TreeBatch, build_trees
@@ -367,10 +368,7 @@ class LlavaModel:
         for module in {names.lora_module(name) for name in self.lora_tensors()}:
             name = f"{module}.weight"
             weight = self.core.effective_weight(module).reshape(merged[name].shape)
-            kind = dtype or dtype_name(merged[name])
-            merged[name] = weight if kind == self.dtype else round_to(weight, kind)
-            if (n := count_nonfinite(merged[name])) and not count_nonfinite(weight):
-                raise NumericsError(f"{name}: {n} merged values do not fit {kind}; merge with dtype='bf16' or {self.dtype!r}", field=name)
+            merged[name] = round_tensor(name, weight, dtype or dtype_name(merged[name]))
         return type(self)(self.config, merged, dtype=self.dtype, tokenizer=self._tokenizer, image_processor=self._image_processor)
 
     # ---- computing ---------------------------------------------------------------------------------------------------
