@@ -27,7 +27,7 @@ Verbs: TypeAlias = dict[str, tuple[Callable[[argparse.ArgumentParser], None], Ca
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Flag:
-    """A setting as the grammar sees it. `kind`: str, float, int or bool. `many`: takes several values; `single`: where one value stands for itself."""
+    """A setting as the grammar sees it. `kind`: str, float, int or bool. `many`: takes several values; `single`: one may stand without a list."""
 
     name: str
     kind: type

@@ -56,15 +56,15 @@ def apply_deepspeed(file: str, given: dict[str, Any], default: Callable[[str], A
             raise FileNotFoundError(f"deepspeed {file}: no such file; leave the flag out, or give the file: one process needs none")
         content = strict_json.read_object(Path(file))
     else:
-        say(f"deepspeed {file}: no such file, and the original does not ship it; going on as with LLaVA's file of that name, which sets nothing that has "
-            "an effect in one process (leave the flag out to be rid of this line)")
+        say(f"deepspeed {file}: no such file, and the original does not ship it; going on as with LLaVA's file of that name, which sets nothing "
+            "that has an effect in one process (leave the flag out to be rid of this line)")
     _Mapping(file, given, default, say, compat).apply(content)
 
 
 class _Mapping:
     def __init__(self, file: str, given: dict[str, Any], default: Callable[[str], Any], say: Callable[[str], None], compat: bool) -> None:
         self.file, self.given, self.default, self.compat = file, given, default, compat
-        self.say = lambda text: say(f"deepspeed {file}: {text}")
+        self._say = say
         self.explicit = frozenset(given)
         self.without_effect: list[str] = []
 
@@ -113,7 +113,7 @@ class _Mapping:
                 if section not in content:
                     continue
                 value = content.pop(section).get("enabled", False)
-                if value not in (True, False, "auto") or isinstance(value, int) and not isinstance(value, bool):
+                if value != "auto" and not isinstance(value, bool):
                     raise self.wrong(f"{section}.enabled", value, 'true, false or "auto"')
                 flag = self.given.get(kind)
                 if value != "auto" and flag is not None and flag != value:
@@ -123,8 +123,8 @@ class _Mapping:
         if enabled.get("fp16") and enabled.get("bf16"):
             raise ConfigError(f"{self.file}: fp16.enabled and bf16.enabled are both true; switch one off", path=self.file, field="fp16.enabled")
         if enabled.get("fp16"):
-            raise ConfigError(f"{self.file}: fp16.enabled is true, but f16 training needs loss scaling, which is not there and which f32 arithmetic has no "
-                              "need of; set it to false", path=self.file, field="fp16.enabled")
+            raise ConfigError(f"{self.file}: fp16.enabled is true, but f16 training needs loss scaling, which is not there and which f32 "
+                              "arithmetic has no need of; set it to false", path=self.file, field="fp16.enabled")
 
     def zero(self, section: dict[str, Any]) -> None:
         stage = section.get("stage", 0)
@@ -155,7 +155,7 @@ class _Mapping:
         if value is None:
             if self.compat and "max_grad_norm" not in self.explicit:
                 self.given["max_grad_norm"] = 0.0
-                self.say("no gradient_clipping -> max_grad_norm 0: gradients are not clipped, as with the DeepSpeed of the original's time (hf_compat 4.31)")
+                self.say("no gradient_clipping -> max_grad_norm 0: gradients are not clipped, as with DeepSpeed in the original's time (hf_compat 4.31)")
             else:
                 self.say(f"no gradient_clipping -> max_grad_norm {self.value('max_grad_norm')}")
         elif value == "auto":
@@ -167,8 +167,8 @@ class _Mapping:
         if section is None:
             return
         if str(section.get("type", "")).lower() not in ("adam", "adamw"):
-            raise ConfigError(f"{self.file}: optimizer.type is {section.get('type')!r}, supported: AdamW (which DeepSpeed's Adam is too)", path=self.file,
-                              field="optimizer.type")
+            raise ConfigError(f"{self.file}: optimizer.type is {section.get('type')!r}, supported: AdamW (which DeepSpeed's Adam is too)",
+                              path=self.file, field="optimizer.type")
         params = self.section("optimizer.params", section.get("params", {}))
         if params.get("adam_w_mode") is False:
             raise ConfigError(f"{self.file}: optimizer.params.adam_w_mode is false, supported: true", path=self.file, field="optimizer.params")
@@ -194,7 +194,8 @@ class _Mapping:
         options: dict[str, Any] = {}
         for key, value in self.section("scheduler.params", section.get("params", {})).items():
             if key not in _SCHEDULERS[kind]:
-                raise ConfigError(f"{self.file}: scheduler.params has {key!r}; {kind} takes {', '.join(_SCHEDULERS[kind])}", path=self.file, field=key)
+                raise ConfigError(f"{self.file}: scheduler.params has {key!r}; {kind} takes {', '.join(_SCHEDULERS[kind])}", path=self.file,
+                                  field=key)
             where = f"scheduler.params.{key}"
             if value == "auto":
                 continue
@@ -215,6 +216,9 @@ class _Mapping:
         self.say(f"scheduler.type {kind} -> lr_scheduler_type {kind} in place of {replaced}, as DeepSpeed does")
 
     # ---- help --------------------------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        self._say(f"deepspeed {self.file}: {text}")
 
     def value(self, name: str) -> Any:
         return self.given.get(name, self.default(name))
@@ -239,5 +243,5 @@ class _Mapping:
         return ConfigError(f"{self.file}: {key} is {value!r}, want {want}", path=self.file, field=key)
 
     def against(self, key: str, value: Any, name: str, flag: Any) -> ConfigError:
-        return ConfigError(f"{self.file}: {key} is {value}, but {name} is given as {flag}; make them the same, or set the key to \"auto\"", path=self.file,
-                           field=key)
+        return ConfigError(f"{self.file}: {key} is {value}, but {name} is given as {flag}; make them the same, or set the key to \"auto\"",
+                           path=self.file, field=key)

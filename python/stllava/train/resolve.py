@@ -68,7 +68,7 @@ def resolve(stage: str, given: dict[str, Any], say: Callable[[str], None] = lamb
         raise ConfigError(f"required and not given: {', '.join(missing)}", field=missing[0][2:])
     parts: dict[str, Any] = {part: cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.init and f.name in given})
                              for part, cls in classes.items()}
-    _check_together(stage, parts)
+    _check_together(parts)
     kept = {name: value for name, value in given.items() if name in fields and name not in _OF_FILES}
     return Settings(stage, kept, **parts)
 
@@ -77,12 +77,10 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _check_together(stage: str, parts: dict[str, Any]) -> None:
+def _check_together(parts: dict[str, Any]) -> None:
     data, training = parts["data"], parts["training"]
-    if stage == "dpo" and training.group_by_modality_length and data.image_folder is None:
-        raise ConfigError("group_by_modality_length needs pictures: give image_folder", field="group_by_modality_length")
     if training.eval_strategy != "no" and data.eval_data_path is None:
-        raise ConfigError(f"eval_strategy is {training.eval_strategy!r}, but there is nothing to evaluate on: give eval_data_path, or eval_strategy no",
+        raise ConfigError(f"eval_strategy is {training.eval_strategy!r}, but there is nothing to evaluate on: give eval_data_path, or set it to no",
                           field="eval_data_path")
     if data.eval_data_path is not None and training.eval_strategy == "no":
         raise ConfigError("eval_data_path is given, but eval_strategy is 'no': set it to steps or epoch", field="eval_strategy")

@@ -161,7 +161,8 @@ def _warmup_lr(schedule: Schedule, step: int, *, warmup_min_lr: float = 0.0, war
     return least + (1 - least) * (1.0 if gamma is None else gamma)
 
 
-def _warmup_decay_lr(schedule: Schedule, step: int, *, warmup_min_lr: float = 0.0, warmup_type: str = "log", total_num_steps: int | None = None) -> float:
+def _warmup_decay_lr(schedule: Schedule, step: int, *, warmup_min_lr: float = 0.0, warmup_type: str = "log",
+                     total_num_steps: int | None = None) -> float:
     gamma = _deepspeed_gamma(schedule, step, warmup_type)
     least = warmup_min_lr / schedule.rate if schedule.rate else 0.0
     if gamma is None:
@@ -182,7 +183,8 @@ def _warmup_cosine_lr(schedule: Schedule, step: int, *, warmup_min_ratio: float 
     return max(0.0, cos_min_ratio + (1 - cos_min_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 
-DEEPSPEED_SCHEDULES: dict[str, Callable[..., float]] = {"WarmupLR": _warmup_lr, "WarmupDecayLR": _warmup_decay_lr, "WarmupCosineLR": _warmup_cosine_lr}
+DEEPSPEED_SCHEDULES: dict[str, Callable[..., float]] = {
+    "WarmupLR": _warmup_lr, "WarmupDecayLR": _warmup_decay_lr, "WarmupCosineLR": _warmup_cosine_lr}
 """DeepSpeed's own (0.19, lr_schedules.py), which a file of `train.deepspeed` asks for."""
 _FUNCTIONS = {**SCHEDULES, **DEEPSPEED_SCHEDULES}
 
