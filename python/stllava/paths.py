@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO
 
 from stllava.errors import FormatError
 
@@ -37,20 +39,33 @@ def inside(folder: str | os.PathLike[str], name: object, also: Iterable[Path] = 
     return folder / name
 
 
-def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Content of a regular file of at most `max_bytes`. Raises FormatError; OSError from the system."""
+@contextmanager
+def _regular(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A regular file, opened. Raises FormatError for anything else."""
     try:
         # A FIFO would wait for ever and a device never end. It may have become one since, hence O_NONBLOCK.
-        if stat.S_ISREG(os.stat(path).st_mode):
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                n_bytes = os.fstat(file.fileno()).st_size
-                data = file.read(n_bytes + 1) if n_bytes <= max_bytes else None
-        else:
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise FormatError(f"{os.fspath(path)}: not a regular file", path=path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{os.fspath(path)!r}: not a file name: {error}", path=path) from error
+    with open(descriptor, "rb") as file:
+        yield file
+
+
+def read_head(path: str | os.PathLike[str], n_bytes: int) -> bytes:
+    """The first `n_bytes` of a regular file, or as many as it has. Raises FormatError; OSError from the system."""
+    with _regular(path) as file:
+        return file.read(n_bytes)
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Content of a regular file of at most `max_bytes`. Raises FormatError; OSError from the system."""
+    with _regular(path) as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        data = file.read(n_bytes + 1) if n_bytes <= max_bytes else None
     if data is None or len(data) > max_bytes:
         raise FormatError(f"{os.fspath(path)}: larger than the limit of {max_bytes} bytes", path=path)
     return data

@@ -175,7 +175,7 @@ LIMITS: dict[str, tuple[Try, tuple[str, int] | None]] = {
     "MAX_TOKENIZER_JSON_BYTES": (lambda folder, n: tokenizer_json(folder, n_bytes=n), ("text.tokenizer_json", 1000)),
     "MAX_TOKENIZER_JSON_ITEMS": (lambda folder, n: tokenizer_json(folder, n_items=n), ("text.tokenizer_json", 200)),
     "MAX_PICKLE_BYTES": (zip_of_pickle, ("checkpoint.torch_zip", 300)),
-    "MAX_DATA_BYTES": (lines, ("data.records", 1000)),
+    "MAX_DATA_BYTES": (lines, ("data.formats.rows", 1000)),
     "MAX_ROW_CHARS": (rows, None),
     "MAX_IMAGE_BYTES": (image_bytes, ("images", 1000)),
     "MAX_SIDE_PX": (side, None),

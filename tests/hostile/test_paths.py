@@ -77,7 +77,7 @@ def test_images_of_data_files(folder: Path, tmp_path: Path, kind: type) -> None:
         (tmp_path / "data.json").write_text(json.dumps(records))
         return kind(tmp_path / "data.json", tokenizer, ImageProcessor(size=28), image_folder=folder, tokens_per_image=16, on_bad_sample="skip")
 
-    bad = [*names(folder, "secret.png"), 3, True, [], {}, ["good.png"], 1.5]
+    bad = [*names(folder, "secret.png"), 3, True, {}, 1.5]
     data = read("good.png", *bad)
     assert len(data) == 1 and [problem.row for problem in data.problems] == list(range(1, len(bad) + 1))
     assert {problem.kind for problem in data.problems} == {"image"}
@@ -85,7 +85,10 @@ def test_images_of_data_files(folder: Path, tmp_path: Path, kind: type) -> None:
         with pytest.raises(DataError) as error:
             read(name)
         assert "lies outside" in error.value.problems[0].text
-    assert len(read("good.png", "./good.png", "sub/..//good.png")) == 2  # ".." is refused even where it comes back
+    several = [["good.png", "../secret.png"], [["good.png"]], [{}], {"bytes": 3, "path": "good.png"}, {"path": "../secret.png"}]
+    data = read("good.png", *several)
+    assert len(data) == 1 and {problem.kind for problem in data.problems} == {"conversation", "image"}
+    assert len(read("good.png", ["good.png"], "./good.png", "sub/..//good.png")) == 3  # ".." is refused even where it comes back
 
 
 def test_links_inside_the_folder_are_followed(folder: Path) -> None:

@@ -6,68 +6,37 @@ out and counted.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stllava.checkpoint import strict_json
-from stllava.errors import FormatError, StllavaError
-from stllava.limits import MAX_DATA_BYTES, MAX_ROW_CHARS
+from stllava.limits import MAX_DATA_BYTES
 from stllava.paths import read_regular
 
-__all__ = ["DataError", "Problem", "check_records", "read_jsonl", "read_records"]
+from .formats.load import load, neutral_records
+from .formats.rows import iterate_lines
+from .problems import SHOWN, DataError, Problem
 
-SHOWN = 20  # problems printed in full
-
-
-class DataError(StllavaError, ValueError):
-    """Records that cannot be trained on; `problems` has all of them."""
-
-    def __init__(self, message: str, problems: list[Problem]) -> None:
-        super().__init__(message)
-        self.problems = problems
+__all__ = ["SHOWN", "DataError", "Problem", "check_records", "read_jsonl", "read_records"]
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """`row` counts from 0. `kind` is a short name for counting, `text` says what was found and what is wanted."""
+def read_records(data: str | Path | Iterable[dict[str, Any]], split: str | None = None) -> list[dict[str, Any]]:
+    """Records in their neutral form: instruction ``{"id"?, "image"?, "conversations"}``, pair ``{"image"?, "chosen_conversations",
+    "reject_conversations"}``, VQA item ``{"id", "image", "answer_type", "conversations"}``; question and answer files as they stand.
 
-    row: int
-    id: str
-    kind: str
-    text: str
+    Args:
+        data: JSON, JSON lines, Parquet, PathVQA's pickles, a directory in a published layout (see `stllava.data.formats`), or records in memory.
+        split: of a set that holds several splits, this one; None: all.
 
-
-def read_records(data: str | Path | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A JSON list, JSON lines (.jsonl), or records already in memory. Raises FormatError naming file, row and what was found."""
+    Raises:
+        FormatError: naming file, row and what was found. A record that only does not fit its layout comes back as it stands: whoever uses it says
+        what is missing, see `formats.load` for the list.
+    """
     if not isinstance(data, (str, Path)):
-        return list(data)
-    path = Path(data)
-    if path.suffix == ".jsonl":
-        records = read_jsonl(path)
-    else:
-        try:
-            records = strict_json.parse(read_regular(path, MAX_DATA_BYTES).decode("utf-8"))
-        except json.JSONDecodeError as error:
-            raise FormatError(f"{path}: line {error.lineno} is not JSON: {error.msg}", path=path) from error
-        except FormatError:
-            raise
-        except ValueError as error:
-            raise FormatError(f"{path}: not JSON: {error}", path=path) from error
-    if not isinstance(records, list):
-        raise FormatError(f"{path}: want a list of records, found a {type(records).__name__}", path=path)
-    for row, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise FormatError(f"{path}: row {row} is a {type(record).__name__}, want an object", path=path)
-    if path.stat().st_size > MAX_ROW_CHARS:
-        for row, record in enumerate(records):
-            if (n := len(json.dumps(record, ensure_ascii=False, separators=(",", ":")))) > MAX_ROW_CHARS:
-                raise FormatError(f"{path}: row {row} has {n} characters, limit {MAX_ROW_CHARS}", path=path)
-    return records
+        return list(neutral_records(data))
+    return load(data, split).records
 
 
 def read_jsonl(path: str | Path, *, cut_off: bool = False) -> list[Any]:
@@ -75,18 +44,7 @@ def read_jsonl(path: str | Path, *, cut_off: bool = False) -> list[Any]:
 
     Only an object without its newline counts as cut off: `checkpoint.atomic.appending` deletes such a line, and may not delete what was never ours.
     """
-    lines = read_regular(path, MAX_DATA_BYTES).split(b"\n")  # not splitlines: U+2028 may stand inside a JSON text
-    values = []
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            values.append(strict_json.parse(line.decode("utf-8")))
-        except ValueError as error:  # not JSON, or not UTF-8
-            if cut_off and number == len(lines) - 1 and line.startswith(b"{"):
-                break
-            raise FormatError(f"{path}: line {number + 1} is not JSON: {error}", path=path) from error
-    return values
+    return [value for _, value in iterate_lines(read_regular(path, MAX_DATA_BYTES), path, cut_off=cut_off)]
 
 
 def check_records(records: list[dict[str, Any]], check: Callable[[int, dict[str, Any]], tuple[str, str] | None], on_bad_sample: str,

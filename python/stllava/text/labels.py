@@ -52,7 +52,8 @@ class Sample:
 def preprocess_multimodal(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """Put the image first: a turn with "<image>" anywhere becomes "<image>\\n" + the stripped rest, with one marker.
 
-    Turns without a marker stay as they are. Applying it twice changes nothing. Source: LLaVA's function of this name.
+    Turns without a marker stay as they are. Applying it twice changes nothing. Source: LLaVA's function of this name. For dialogues about one image:
+    those about several say by their markers which image stands where.
     """
     result = []
     for turn in turns:
@@ -69,6 +70,7 @@ def build_sample(
     tokenizer: AnyTokenizer,
     *,
     has_image: bool,
+    n_images: int = 1,
     switched: Collection[int] = frozenset(),
     max_length: int | None = None,
 ) -> Sample:
@@ -79,6 +81,7 @@ def build_sample(
         template: name or template.
         has_image: the sample has one image, so exactly one "<image>" must be left after `preprocess_multimodal`,
             in the first human turn; without image, none.
+        n_images: with `has_image`, so many images. More than one: as many "<image>", in any human turns, and they stay where they are.
         switched: indices of later human turns (in the dialogue without a leading gpt turn) that the model asks
             itself, see `draw_switches`; only for templates with a virtual user.
         max_length: cut ids and labels there; an image counts as one id, so leave room for its other positions.
@@ -89,11 +92,12 @@ def build_sample(
     """
     template = as_template(template)
     turns, n_leading_dropped = _checked_turns(conversation_turns)
-    if has_image:
+    n_images = n_images if has_image else 0
+    if n_images == 1:
         turns = preprocess_multimodal(turns)
-    elif switched:
+    elif not n_images and switched:
         raise ConversationError(f"turns {sorted(switched)} cannot be switched: only samples with an image ask themselves")
-    _check_markers(turns, has_image)
+    _check_markers(turns, n_images)
     segments = _render(turns, template, frozenset(switched)).training_segments()
     encoded = encode_segments(segments, tokenizer)
     length = len(encoded.ids) if max_length is None else min(max_length, len(encoded.ids))
@@ -135,14 +139,14 @@ def _checked_turns(turns: Sequence[Turn]) -> tuple[Sequence[Turn], int]:
     return kept, n_leading
 
 
-def _check_markers(turns: Sequence[Turn], has_image: bool) -> None:
+def _check_markers(turns: Sequence[Turn], n_images: int) -> None:
     counts = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns]
-    if sum(counts) != has_image:
-        raise ConversationError(
-            f"{sum(counts)} {DEFAULT_IMAGE_TOKEN} markers for {int(has_image)} images; per turn {counts}"
-        )
-    if has_image and not counts[0]:
+    if sum(counts) != n_images:
+        raise ConversationError(f"{sum(counts)} {DEFAULT_IMAGE_TOKEN} markers for {n_images} images; per turn {counts}")
+    if n_images == 1 and not counts[0]:
         raise ConversationError(f"the {DEFAULT_IMAGE_TOKEN} marker is in turn {counts.index(1)}, want the first turn")
+    if any(counts[1::2]):
+        raise ConversationError(f"an answer has an {DEFAULT_IMAGE_TOKEN} marker; per turn {counts}, want them in questions")
 
 
 def _render(turns: Sequence[Turn], template: Conversation, switched: frozenset[int]) -> Conversation:

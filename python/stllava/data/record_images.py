@@ -1,0 +1,42 @@
+"""The images of records as training needs them: a key for each, equal for equal images, and its pixels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stllava.images import ImageError, ImageProcessor
+
+from .formats import images_of
+from .pictures import Pictures
+
+__all__ = ["RecordImages"]
+
+
+class RecordImages:
+    """Names are their own keys. An image inside a record, {"bytes", "path"} as `datasets` has it, has a digest of its bytes."""
+
+    def __init__(self, folder: str | Path | None, processor: ImageProcessor) -> None:
+        self._pictures = Pictures(folder, processor)
+        self._embedded: dict[Hashable, Any] = {}
+
+    def keys(self, record: Mapping[str, Any]) -> tuple[Hashable, ...]:
+        """One key per image of the record, in order. Raises ImageError for what is no image at all."""
+        return tuple(self._key(image) for image in images_of(record))
+
+    def _key(self, image: Any) -> Hashable:
+        if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
+            key = ("embedded", hashlib.blake2b(image["bytes"], digest_size=16).hexdigest())
+            self._embedded.setdefault(key, image)
+            return key
+        if not isinstance(image, Hashable):
+            raise ImageError(f"image {str(image)[:120]!r} is a {type(image).__name__}, want a file name, or {{bytes, path}}")
+        return image
+
+    def pixels(self, key: Hashable) -> np.ndarray:
+        """(3, S, S) float32. Raises ImageError naming the file."""
+        return self._pictures(self._embedded.get(key, key))
