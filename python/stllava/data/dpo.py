@@ -75,13 +75,13 @@ class DPODataset:
     def modality_lengths(self) -> list[int]:
         """LLaVA's, of both answers with their prompts (spec D7): words of each pair, negative where it has no picture."""
         records = [self.records[row] for row in self.rows]
-        return [sum(n_words(record[side]) for side in ("chosen_conversations", "reject_conversations")) * (-1 if record.get("image") is None else 1)
-                for record in records]
+        return [sum(n_words(record[side]) for side in _SIDES) * (1 if images_of(record) else -1) for record in records]
 
     @property
     def lengths(self) -> list[int]:
-        """Words of each pair, and the rows of its picture, which both answers share."""
-        return [abs(n) + (n > 0) * self.tokens_per_image for n in self.modality_lengths]
+        """Words of each pair, and the rows of its pictures, which both answers share."""
+        n_images = [len(images_of(self.records[row])) for row in self.rows]
+        return [abs(words) + n * self.tokens_per_image for words, n in zip(self.modality_lengths, n_images, strict=True)]
 
     def _sample(self, record: dict[str, Any], side: str) -> Sample:
         n_images = len(images_of(record))

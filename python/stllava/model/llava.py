@@ -73,6 +73,14 @@ class LlavaModel:
         self._bind(tensors)
         self.run = stllava_c.Run(self.core)
 
+    def __repr__(self) -> str:
+        from .summary import model_line
+        return model_line(self)
+
+    def _repr_html_(self) -> str:
+        from .summary import model_html
+        return model_html(self)
+
     # ---- loading and saving ------------------------------------------------------------------------------------------
 
     @classmethod
@@ -97,8 +105,14 @@ class LlavaModel:
             warnings.warn(note, stacklevel=2)
         where = next((p for p in (path, model_base) if p is not None and has_tokenizer(p)), None)
         tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and picture_settings(p) is not None), None)
-        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else load_tokenizer(where),
-                    image_processor=cls._processor(found.config, tower))
+        return cls.from_checkpoint(found, dtype=dtype, tokenizer=None if where is None else load_tokenizer(where),
+                                   image_processor=cls._processor(found.config, tower))
+
+    @classmethod
+    def from_checkpoint(cls, found: directory.Checkpoint, *, dtype: Dtype = "f32", tokenizer: AnyTokenizer | None = None,
+                        image_processor: ImageProcessor | None = None) -> Self:
+        """The model of a checkpoint in memory, its adapters attached. Raises FormatError."""
+        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=tokenizer, image_processor=image_processor)
         for part, lora_config in zip(("llm", "vit"), found.lora_configs, strict=True):
             if lora_config is not None:
                 model.attach_lora(lora_config, {n: t for n, t in found.lora.items() if names.is_tower(n) == (part == "vit")}, part)
@@ -412,7 +426,7 @@ class LlavaModel:
         pixels = self.pixels(images)
         return self.run.encode(pixels, adapters=self.adapters_enabled).reshape(len(pixels), self.core.tokens_per_image, -1)
 
-    def score(self, prompt: str, answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
+    def score(self, prompt: str | Seq[int], answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
         """Summed log-probability of each answer after the prompt, (len(answers),) float64; the prompt is computed once."""
         from stllava.generation import score
         return score(self, prompt, answers, images)

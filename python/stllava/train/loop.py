@@ -40,6 +40,10 @@ class TrainOutput:
     training_loss: float
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:
+        from stllava.model.summary import html_table
+        return html_table([{"global_step": str(self.global_step), **{name: f"{value:.4g}" for name, value in self.metrics.items()}}])
+
 
 class Trainer:
     """Trains a model on a data set. Subclasses say what the loss is (`make_objective`).

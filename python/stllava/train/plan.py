@@ -57,10 +57,12 @@ def _balanced(part: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray:
     if len(part) % n:
         return np.concatenate([part[i::n] for i in range(n)])
     chunks: list[list[int]] = [[] for _ in range(n)]
-    for item in part:
-        open_ = [chunk for chunk in chunks if len(chunk) < len(part) // n]
-        min(open_, key=lambda chunk: sum(lengths[i] for i in chunk)).append(int(item))
-    return np.array([item for chunk in chunks for item in chunk], dtype=part.dtype)
+    totals = [0.0] * n
+    for item in part.tolist():
+        shortest = totals.index(min(totals))
+        chunks[shortest].append(item)
+        totals[shortest] = math.inf if len(chunks[shortest]) == len(part) // n else totals[shortest] + float(lengths[item])
+    return np.concatenate(chunks).astype(part.dtype)
 
 
 @dataclass(frozen=True, slots=True)
