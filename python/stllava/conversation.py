@@ -310,6 +310,8 @@ def _registry() -> _Registry:
 conv_templates = _registry()
 """Name -> template. `copy()` a template before writing to it. An unknown name raises ConfigError (a ValueError)."""
 
+default_conversation = conv_templates["v1"]
+
 
 def as_template(template: str | Conversation) -> Conversation:
     """A template by name, or the template itself."""

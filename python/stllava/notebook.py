@@ -37,10 +37,10 @@ class NotebookBar(tqdm):  # type: ignore[type-arg]
         self._shown = _show(self, self._shown)
 
     def __repr__(self) -> str:
-        return self.format_meter(**{**self.format_dict, "ncols": 0, "bar_format": "{desc}" + _COUNTS})
+        return self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": "{desc}" + _COUNTS})
 
     def _repr_html_(self) -> str:
-        counts = self.format_meter(**{**self.format_dict, "ncols": 0, "bar_format": _COUNTS})
+        counts = self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": _COUNTS})
         return (f'<span style="font-family:monospace">{escape(self.desc.removesuffix(": "))} '
                 f'<progress max="{self.total}" value="{self.n}" style="vertical-align:middle"></progress> {escape(counts)}</span>')
 

@@ -130,6 +130,14 @@ def test_intervals_by_image_are_wider_where_an_images_questions_go_together():
     assert widths[1] > 2 * widths[0]
 
 
+def test_all_right_is_not_certain():
+    items = [item for item in test_set(140) if item["answer_type"] == "CLOSED"]
+    answers = [{"question_id": item["id"], "text": item["conversations"][1]["value"]} for item in items]
+    for by_image, n in ((False, len(items)), (True, 7)):
+        [score] = [score for score in score_answers("a", items, answers, Scoring(by_image=by_image)).scores if score.metric.name == "strict_closed_accuracy"]
+        assert (score.value, score.high) == (1.0, 1.0) and score.low == pytest.approx(0.025 ** (1 / n))
+
+
 def test_majority():
     def item(i, kind, answer, question_type="PRES"):
         return {"id": i, "answer_type": kind, "answer": answer, "question_type": question_type}

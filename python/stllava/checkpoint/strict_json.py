@@ -20,11 +20,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"duplicate key {key!r}")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"duplicate key {key!r}")
+            seen.add(key)
     return result
 
 
@@ -55,6 +57,8 @@ def parse(text: str) -> Any:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels") from error
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_JSON_DEPTH):
+        if not level:
+            return value
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, (dict, list))]
     if level:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")

@@ -20,7 +20,7 @@ from .formats import images_of, neutral, why_not
 from .formats.layouts import layout_of
 from .record_images import RecordImages
 from .records import check_records, read_records
-from .sft import sequence_of, text_budget
+from .sft import n_words, sequence_of, text_budget
 
 if TYPE_CHECKING:
     from stllava.model import LlavaModel
@@ -78,6 +78,18 @@ class DPODataset:
     def ids(self, item: int) -> list[object]:
         """What messages call the pair: its "id", else its row."""
         return [self.records[self.rows[item]].get("id", self.rows[item])]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """LLaVA's, of both answers with their prompts (spec D7): words of each pair, negative where it has no picture."""
+        records = [self.records[row] for row in self.rows]
+        return [sum(n_words(record[side]) for side in _SIDES) * (1 if images_of(record) else -1) for record in records]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each pair, and the rows of its pictures, which both answers share."""
+        n_images = [len(images_of(self.records[row])) for row in self.rows]
+        return [abs(words) + n * self.tokens_per_image for words, n in zip(self.modality_lengths, n_images, strict=True)]
 
     def _sample(self, record: dict[str, Any], side: str) -> Sample:
         n_images = len(images_of(record))

@@ -22,7 +22,7 @@ from .records import Problem, check_records, read_records
 if TYPE_CHECKING:
     from stllava.model import LlavaModel
 
-__all__ = ["SFTDataset", "text_budget", "sequence_of"]
+__all__ = ["SFTDataset", "n_words", "sequence_of", "text_budget"]
 
 
 def text_budget(max_length: int | None, n_images: int, tokens_per_image: int) -> int | None:
@@ -81,6 +81,19 @@ class SFTDataset:
         """What messages call the item's samples: their "id", else their row."""
         return [self.records[row].get("id", row) for row in self.items[item]]
 
+    @property
+    def modality_lengths(self) -> list[int]:
+        """LLaVA's: words of each item, negative where it has no picture."""
+        return [sum(n_words(self.records[row]["conversations"]) for row in rows) * (1 if self._n_pictures(rows) else -1) for rows in self.items]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each item, and the rows of its pictures."""
+        return [abs(n) + self._n_pictures(rows) * self.tokens_per_image for n, rows in zip(self.modality_lengths, self.items, strict=True)]
+
+    def _n_pictures(self, rows: list[int]) -> int:
+        return len({key for row in rows for key in self._images.keys(self.records[row])})
+
     def sample(self, row: int, epoch: int) -> Sample:
         """The sample as epoch `epoch` sees it."""
         record = self.records[row]
@@ -115,6 +128,10 @@ class SFTDataset:
         for row in rows:
             groups.setdefault(self._images.keys(self.records[row]) or ("text", row), []).append(row)
         return list(groups.values())
+
+
+def n_words(turns: Iterable[dict[str, Any]]) -> int:
+    return sum(len(str(turn["value"]).split()) for turn in turns)
 
 
 def summary(problems: list[Problem]) -> dict[str, int]:

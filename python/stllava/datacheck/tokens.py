@@ -71,8 +71,13 @@ class TokenRules:
 
 def remembering(tokenizer: AnyTokenizer) -> AnyTokenizer:
     """The same tokenizer with the latest stretches remembered: the system text is in every row, and the two label builders read the same ones."""
-    twin = copy.copy(tokenizer)
-    object.__setattr__(twin, "encode_piecewise", lru_cache(_REMEMBERED)(tokenizer.encode_piecewise))
+    twin, known = copy.copy(tokenizer), lru_cache(_REMEMBERED)(tokenizer.encode_piecewise)
+    one_way = getattr(tokenizer, "legacy", False) is True  # whatever stands before a stretch, its ids are the same
+
+    def encode_piecewise(text: str, after_special: bool = False) -> tuple[list[int], list[int]]:
+        return known(text, after_special and not one_way)
+
+    object.__setattr__(twin, "encode_piecewise", encode_piecewise)
     return twin
 
 

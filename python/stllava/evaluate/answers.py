@@ -118,10 +118,13 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
             yield {"question_id": item.id, "prompt": item.text, "text": answer.text, "answer_id": digest, "model_id": model_id, "metadata": extra}
 
     def check(item: Question, row: dict[str, Any]) -> None:
-        for field, wanted in (("prompt", item.text), ("model_id", model_id), ("metadata", extra)):
-            if row.get(field) != wanted and (field != "metadata" or extra):
+        for field, wanted in (("prompt", item.text), ("model_id", model_id)):
+            if row.get(field) != wanted:
                 raise FormatError(f"{out}: the answer to question {item.id!r} has the {field} {str(row.get(field))[:80]!r}, but now it is "
-                                  f"{str(wanted)[:80]!r}; to answer anew, name another file", field=field)
+                                  f"{wanted[:80]!r}; to answer anew, name another file", field=field)
+        if extra and row.get("metadata") != extra:
+            raise FormatError(f"{out}: the answer to question {item.id!r} is that of a run with another model, other pictures or settings (metadata "
+                              f"{str(row.get('metadata'))[:80]}, now {str(extra)[:80]}); to answer anew, name another file", field="metadata")
 
     return run_step(items, lambda item: item.id, work, out=out, batch_size=batch_size, label=label, progress=progress, field="question_id",
                     check=check, group=lambda item: ("image", item.image) if item.image is not None else ("text", item.id))

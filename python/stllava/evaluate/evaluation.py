@@ -92,7 +92,7 @@ class Evaluation:
         """Refusals of closed items that the primary metric takes for right: substrings."""
         closed = next(metric for metric in self.primary if not metric.is_open)
         refused = {item.id for item in self.refused if not item.is_open}
-        values = self.system.values[:, self.system.metrics.index(closed)]
+        values = self.system.values[:, self.system.metrics.index(closed)].tolist()
         return sum(item.id in refused and value == 1.0 for item, value in zip(self.system.items, values, strict=True))
 
     def as_dict(self) -> dict[str, Any]:

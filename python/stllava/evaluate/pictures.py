@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stllava.errors import FormatError
 from stllava.paths import inside
 
-__all__ = ["TestPictures"]
+__all__ = ["ItemPictures"]
 
 
-class TestPictures:
+class ItemPictures:
     """Name -> what `load_image` takes.
 
-    folder: where names start, None: not known. items: the given records, with a name for every picture. One that a record holds (``{"bytes", "path"}``,
-    as Hugging Face stores it) gets a digest of it for a name, so that the questions of one picture are one group, whatever rows they stand in.
+    folder: where names start, None: not known. items: the given records, with a name for every picture. One that a record holds
+    (``{"bytes", "path"}``, as Hugging Face stores it) gets a digest of it for a name, so that the questions of one picture are one group.
     """
-
-    __test__ = False  # pytest
 
     def __init__(self, items: Sequence[Mapping[str, Any]], folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -39,8 +37,8 @@ class TestPictures:
             raise FormatError(f"{len(files)} pictures are files, the first {self.names[0]!r}; give --image_folder")
         missing = [str(path) for path in files if not path.is_file()]
         if missing:
-            raise FormatError(f"{len(missing)} of {len(files)} pictures are missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}; "
-                              "is --image_folder right?", path=self.folder)
+            shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+            raise FormatError(f"{len(missing)} of {len(files)} pictures are missing: {shown}; is --image_folder right?", path=self.folder)
 
     def digest(self) -> str:
         """SHA-256 of the content of all of them, in the order of the items."""
@@ -56,8 +54,10 @@ class TestPictures:
 
     def _named(self, item: Mapping[str, Any]) -> dict[str, Any]:
         image = item.get("image")
-        if not isinstance(image, Mapping) or not isinstance(image.get("bytes"), (bytes, bytearray)):
+        if not isinstance(image, Mapping):
             return dict(item)
+        if not isinstance(image.get("bytes"), (bytes, bytearray)):
+            return {**item, "image": image.get("path")}
         data = bytes(image["bytes"])
         name = f"embedded:{hashlib.sha256(data).hexdigest()[:16]}"
         self._held[name] = data

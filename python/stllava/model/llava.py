@@ -105,8 +105,14 @@ class LlavaModel:
             warnings.warn(note, stacklevel=2)
         where = next((p for p in (path, model_base) if p is not None and has_tokenizer(p)), None)
         tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and picture_settings(p) is not None), None)
-        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else load_tokenizer(where),
-                    image_processor=cls._processor(found.config, tower))
+        return cls.from_checkpoint(found, dtype=dtype, tokenizer=None if where is None else load_tokenizer(where),
+                                   image_processor=cls._processor(found.config, tower))
+
+    @classmethod
+    def from_checkpoint(cls, found: directory.Checkpoint, *, dtype: Dtype = "f32", tokenizer: AnyTokenizer | None = None,
+                        image_processor: ImageProcessor | None = None) -> Self:
+        """The model of a checkpoint in memory, its adapters attached. Raises FormatError."""
+        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=tokenizer, image_processor=image_processor)
         for part, lora_config in zip(("llm", "vit"), found.lora_configs, strict=True):
             if lora_config is not None:
                 model.attach_lora(lora_config, {n: t for n, t in found.lora.items() if names.is_tower(n) == (part == "vit")}, part)
@@ -150,8 +156,11 @@ class LlavaModel:
             self.write_files(temporary, format=format, shard_size=shard_size, layout=layout)
 
     def write_files(self, directory_: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9,
-                    layout: directory.Layout = "llava") -> None:
-        """The files of `save_pretrained` into an existing directory, for those who add their own."""
+                    layout: directory.Layout = "llava", repeat_vit_lora: bool = False) -> None:
+        """The files of `save_pretrained` into an existing directory, for those who add their own.
+
+        repeat_vit_lora: the decoder's adapter file repeats the tower's adapter, as the original's does.
+        """
         if self.lora and layout != "llava":
             raise ConfigError(f"layout {layout!r} is of full weights, but the model has adapters; merge_and_unload() them first", field="layout")
         config = self.config if layout != "hf" else with_image_token(self.config, None if self._tokenizer is None else image_token(self._tokenizer))
@@ -160,16 +169,20 @@ class LlavaModel:
             directory.write_adapter(directory_, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
                                     {n: t for n, t in lora.items() if names.is_tower(n)},
                                     {n: t for n, t in self.tensors().items() if names.is_projector(n)},
-                                    (llm, self.lora.get("vit")), format=format,
+                                    (llm, self.lora.get("vit")), format=format, compat=repeat_vit_lora,
                                     saved={n: t for n, t in self.tensors().items() if llm is not None and llm.saves(n)})
         else:
             directory.write_full(directory_, config, self.tensors(), shard_size=shard_size, format=format, layout=layout)
+        self.write_processors(directory_)
+        if layout == "hf":
+            write_processor(directory_, padded(config))
+
+    def write_processors(self, directory_: str | os.PathLike[str]) -> None:
+        """The files of tokenizer and image processor, where the model has them, into an existing directory."""
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(directory_)
         if self._image_processor is not None:
             self._image_processor.save_pretrained(directory_)
-        if layout == "hf":
-            write_processor(directory_, padded(config))
 
     def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
         wanted = self.tensor_infos()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,6 +99,11 @@ PATHVQA_QA = Layout("pathvqa-qa", "vqa", "image, question, answer in a pickle", 
 
 def layout_of(fields: AbstractSet[str], container: str = "") -> Layout | None:
     """The first layout of the table that rows with these fields fit."""
+    return _layout_of(frozenset(fields), container)
+
+
+@functools.lru_cache(1024)  # a file has few kinds of rows
+def _layout_of(fields: frozenset[str], container: str) -> Layout | None:
     if container == "pickle" and PATHVQA_QA.fits(fields):
         return PATHVQA_QA
     return next((layout for layout in LAYOUTS if layout.fits(fields)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,19 @@ class Loaded:
         return self
 
 
-def load(path: str | Path, split: str | None = None) -> Loaded:
+Keep = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _whole(record: dict[str, Any]) -> dict[str, Any]:
+    return record
+
+
+def load(path: str | Path, split: str | None = None, keep: Keep = _whole) -> Loaded:
     """Reads a data file, or a directory in a published layout.
 
     Args:
         split: of a set that holds several splits, this one; None: all. A file that is of one split is read whatever it is.
+        keep: called with every neutral record as it comes, gives what is kept of it: so that images inside a Parquet file need not all be in memory.
 
     Raises:
         FormatError: unreadable, or without that split. OSError. ImportError: Parquet without pyarrow.
@@ -66,14 +74,14 @@ def load(path: str | Path, split: str | None = None) -> Loaded:
     path = Path(path)
     wanted = None if split is None else canonical_split(split)
     if not path.is_dir():
-        return _of_split(_load_file(DataFile(path, split_of_name(path.name))), wanted)
+        return _of_split(_load_file(DataFile(path, split_of_name(path.name)), keep), wanted)
     files = data_files(path)
     own = {file.split for file in files}
     if wanted is not None and len(files) > 1 and None not in own:
         files = [file for file in files if file.split == wanted]
         if not files:
             raise FormatError(f"{path}: no file of the split {split!r}, found {', '.join(sorted(map(str, own)))}", path=path)
-    parts = [_load_file(file) for file in files]
+    parts = [_load_file(file, keep) for file in files]
     names = list(dict.fromkeys(part.layout.name if part.layout else "unknown" for part in parts))
     if len(names) > 1:
         found = ", ".join(f"{part.path} ({part.layout.name if part.layout else 'unknown'})" for part in parts)
@@ -103,20 +111,29 @@ def why_not(record: Mapping[str, Any], kind: str) -> str | None:
     return None if problem is None else f"layout {layout.name}: {problem}"
 
 
-def _load_file(file: DataFile) -> Loaded:
+def _load_file(file: DataFile, keep: Keep) -> Loaded:
     found = read_rows(file.path)
-    fields = Counter(key for row in found.rows for key in row)
-    layouts = Counter(layout_of(row.keys(), found.container) for row in found.rows)
-    ranked = [layout for layout, _ in layouts.most_common() if layout is not None]
-    whole = Loaded(str(file.path), ranked[0] if ranked else None, found.container, [], [str(file.path)], dict(fields))
+    fields: Counter[str] = Counter()
+    layouts: Counter[Layout | None] = Counter()
+    kinds: list[tuple[Layout | None, frozenset[str]]] = []
+    shapes: dict[frozenset[str], frozenset[str]] = {}  # one object for equal ones
+    whole = Loaded(str(file.path), None, found.container, [], [str(file.path)])
     for row, raw in enumerate(found.rows):
-        record, problem = _neutral_or_raw(raw, row, file.split, found.container)
-        whole.records.append(record)
         layout = layout_of(raw.keys(), found.container)
-        if problem is None and whole.layout is not None and (layout is None or layout.kind != whole.layout.kind):
-            problem = FormatError(f"fields {', '.join(sorted(raw)) or '(none)'}, want {whole.layout.fields}")
+        record, problem = _neutral_or_raw(raw, row, file.split, found.container)
         if problem is not None:
             whole.problems.append(Problem(row, str(raw.get("id", row)), "layout", str(problem)))
+        whole.records.append(keep(record))
+        fields.update(raw.keys())
+        layouts[layout] += 1
+        kinds.append((layout, shapes.setdefault(shape := frozenset(raw), shape)))
+    whole.fields = dict(fields)
+    whole.layout = next((layout for layout, _ in layouts.most_common() if layout is not None), None)
+    if whole.layout is not None and len({layout.kind if layout else None for layout in layouts}) > 1:
+        whole.problems += [Problem(row, str(whole.records[row].get("id", row)), "layout",
+                                   f"fields {', '.join(sorted(keys)) or '(none)'}, want {whole.layout.fields}")
+                           for row, (layout, keys) in enumerate(kinds) if layout is None or layout.kind != whole.layout.kind]
+        whole.problems = sorted({problem.row: problem for problem in reversed(whole.problems)}.values(), key=lambda problem: problem.row)
     _rename_duplicates(whole)
     return whole
 
@@ -157,6 +174,15 @@ def _of_split(whole: Loaded, wanted: str | None) -> Loaded:
     return whole
 
 
+def without_bytes(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose images inside are gone but for their names."""
+    def name(image: Any) -> Any:
+        return image.get("path") or "(inside)" if isinstance(image, dict) else image
+
+    return {key: ([name(one) for one in value] if isinstance(value, list) else name(value)) if key in ("image", "images") else value
+            for key, value in record.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Description:
     """What a data file or directory is; `str()` of it is for people, `asdict` for programs."""
@@ -189,7 +215,7 @@ class Description:
 
 def describe(path: str | Path) -> Description:
     """What was found in a file or directory. Raises as `load`, and FormatError naming the fields and the known layouts where none fits."""
-    found = load(path)
+    found = load(path, keep=without_bytes)
     if found.layout is None and found.records:
         found.checked()
     name, kind = (found.layout.name, found.layout.kind) if found.layout else ("empty", "nothing")

@@ -23,34 +23,48 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """container: how the rows are stored, in words."""
+    """container: how the rows are stored, in words. rows: to be read once; of Parquet, a few are in memory at a time."""
 
     container: str
-    rows: list[dict[str, Any]]
+    rows: Iterator[dict[str, Any]]
 
 
 def read_rows(path: str | Path) -> Rows:
-    """The rows of a file, each a dictionary. Raises FormatError naming file, row and what was found; OSError."""
+    """The rows of a file, each a dictionary. Raises FormatError naming file, row and what was found, partly while they are read; OSError."""
     head = read_head(path, 64)
     if head.startswith(PARQUET_MAGIC):
         from .parquet import read_parquet
-        found = Rows("parquet", list(read_parquet(path)))
-    elif head.startswith(_PICKLE_STARTS):
+        return Rows("parquet", read_parquet(path))
+    if head.startswith(_PICKLE_STARTS):
         from .plain_pickle import read_plain_pickle
-        found = Rows("pickle", read_plain_pickle(path))
+        container, rows = "pickle", _flat(read_plain_pickle(path), path)
     else:
-        found = _json_rows(path)
-    if not isinstance(found.rows, list):
-        raise FormatError(f"{path}: want a list of records, found a {type(found.rows).__name__}", path=path)
-    for row, record in enumerate(found.rows):
+        container, rows = _json_rows(path)
+    if not isinstance(rows, list):
+        raise FormatError(f"{path}: want a list of records, found a {type(rows).__name__}", path=path)
+    return Rows(container, _objects(rows, path))
+
+
+def _objects(rows: list[Any], path: str | Path) -> Iterator[dict[str, Any]]:
+    for row, record in enumerate(rows):
         if not isinstance(record, dict):
             raise FormatError(f"{path}: row {row} is a {type(record).__name__}, want an object", path=path)
-        if found.container == "pickle" and not all(isinstance(key, str) for key in record):
-            raise FormatError(f"{path}: row {row} has a key that is not text", path=path)
-    return found
+        yield record
 
 
-def _json_rows(path: str | Path) -> Rows:
+def _flat(rows: Any, path: str | Path) -> Any:
+    """`rows`, none of them holding more than PathVQA's do: a pickle may nest one list in itself 2^60 times, and nobody could even print it."""
+    if not isinstance(rows, list):
+        return rows
+    for row, record in enumerate(rows):
+        for key, value in record.items() if isinstance(record, dict) else ():
+            inner = [*value, *value.values()] if isinstance(value, dict) else [value]
+            if not isinstance(key, str) or not all(one is None or isinstance(one, (str, int, float)) for one in inner):
+                raise FormatError(f"{path}: row {row}: field {str(key)[:60]!r} is a {type(value).__name__} of more than text and numbers", path=path)
+    return rows
+
+
+def _json_rows(path: str | Path) -> tuple[str, Any]:
     data = read_regular(path, MAX_DATA_BYTES)
     if data.startswith(_UTF_16):
         raise FormatError(f"{path}: UTF-16 text, want UTF-8", path=path)
@@ -58,16 +72,16 @@ def _json_rows(path: str | Path) -> Rows:
     first = data.lstrip()[:1]
     if first == b"{" or (first != b"[" and Path(path).suffix == ".jsonl"):
         if (joined := _joined_objects(data)) is not None:
-            return Rows("JSON objects joined by commas", _checked(joined, path, len(data)))
+            return "JSON objects joined by commas", _checked(joined, path, len(data))
         if Path(path).suffix == ".jsonl" or _is_lines(data):
-            return Rows("JSON lines", _checked(read_lines(data, path), path, max(map(len, data.split(b"\n")))))
+            return "JSON lines", _checked(read_lines(data, path), path, max(map(len, data.split(b"\n"))))
     try:
         rows = strict_json.parse(data.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise FormatError(f"{path}: line {error.lineno} is not JSON: {error.msg}", path=path) from error
     except ValueError as error:
         raise FormatError(f"{path}: not JSON: {error}", path=path) from error
-    return Rows("JSON list", _checked(rows, path, len(data)))
+    return "JSON list", _checked(rows, path, len(data))
 
 
 def _is_lines(data: bytes) -> bool:
@@ -94,8 +108,9 @@ def _joined_objects(data: bytes) -> Any:
 def _checked(rows: Any, path: str | Path, longest: int) -> Any:
     """`rows`, none longer than MAX_ROW_CHARS; `longest`: no row has more bytes in the file."""
     if longest > MAX_ROW_CHARS and isinstance(rows, list):
+        encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
         for row, record in enumerate(rows):
-            if (n := len(json.dumps(record, ensure_ascii=False, separators=(",", ":")))) > MAX_ROW_CHARS:
+            if (n := len(encode(record))) > MAX_ROW_CHARS:
                 raise FormatError(f"{path}: row {row} has {n} characters, limit {MAX_ROW_CHARS}", path=path)
     return rows
 

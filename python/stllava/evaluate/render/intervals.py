@@ -11,7 +11,7 @@ from stllava.evaluate.evaluation import Evaluation
 
 __all__ = ["intervals_svg"]
 
-_WIDTH, _LEFT, _RIGHT, _LINE, _HEAD, _FOOT = 760, 250, 60, 20, 26, 22
+_WIDTH, _LEFT, _RIGHT, _LINE, _HEAD, _FOOT = 760, 290, 60, 20, 26, 22
 _OURS, _THEIRS, _PUBLISHED = "#1f6fb2", "#7b8794", "#c05621"
 
 
@@ -32,7 +32,7 @@ def intervals_svg(evaluation: Evaluation, metric: Metric) -> str:
               for tick in range(0, int(limit) + 1, 10 if limit <= 60 else 20)]
     for i, (name, low, high, value, colour) in enumerate(rows):
         y = _HEAD + _LINE * i + 10
-        parts.append(f'<text x="{_LEFT - 10}" y="{y + 4}" text-anchor="end">{html.escape(name[:40])}</text>')
+        parts.append(f'<text x="{_LEFT - 10}" y="{y + 4}" text-anchor="end">{html.escape(name if len(name) <= 46 else name[:45] + "…")}</text>')
         if colour != _PUBLISHED:
             parts.append(f'<line x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
         fill = "none" if colour == _PUBLISHED else colour

@@ -55,7 +55,7 @@ def worst_errors(evaluation: Evaluation, is_open: bool, image_of: Callable[[str]
     items = evaluation.system.items
 
     def rank(row: int) -> tuple[float, ...]:
-        return (*(float(evaluation.system.values[row, column]) for column in last), item_seed(evaluation.how.seed, "worst", items[row].id))
+        return (*(float(evaluation.system.values[row, column]) for column in last), item_seed(evaluation.how.seed, "worst", ascii(items[row].id)))
 
     wrong = [row for row, item in enumerate(items) if item.is_open == is_open and evaluation.system.values[row, last[0]] < 1.0]
     found = []

@@ -8,7 +8,7 @@ from stllava.evaluate.definitions import Metric
 from stllava.evaluate.evaluation import Evaluation
 from stllava.evaluate.scoring import Score
 
-from .terminal import counts_line
+from .terminal import counts_line, printable
 
 __all__ = ["latex_table", "markdown_table"]
 
@@ -17,13 +17,12 @@ _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"
 
 
 def latex_text(text: str) -> str:
-    return " ".join("".join(_LATEX.get(character, character) for character in text).split())
+    return "".join(_LATEX.get(character, character) for character in printable(text))
 
 
 def markdown_text(text: str) -> str:
     """Text in a cell of a table."""
-    escaped = "".join("\\" + character if character in "\\`*_[]<>|#" else character for character in text)
-    return " ".join(escaped.split())
+    return "".join("\\" + character if character in "\\`*_[]<>|#" else character for character in printable(text))
 
 
 def markdown_table(evaluation: Evaluation) -> str:
@@ -39,7 +38,7 @@ def markdown_table(evaluation: Evaluation) -> str:
 def latex_table(evaluation: Evaluation) -> str:
     """A `tabular` environment to be read with ``\\input``."""
     heading, rows = _rows(evaluation)
-    lines = [*(f"% {' '.join(line.split())}" for line in _notes(evaluation)), rf"\begin{{tabular}}{{l{'r' * len(heading)}}}", r"\hline",
+    lines = [*(f"% {printable(line)}" for line in _notes(evaluation)), rf"\begin{{tabular}}{{l{'r' * len(heading)}}}", r"\hline",
              " & ".join(map(latex_text, ("", *heading))) + r" \\", r"\hline"]
     for name, cells in rows:
         shown = (rf"{value} {{\scriptsize ({spread})}}" if spread else value for value, spread in cells)
@@ -54,7 +53,8 @@ def _rows(evaluation: Evaluation) -> tuple[list[str], list[tuple[str, list[tuple
             for system in (evaluation.system, *(rival.system for rival in evaluation.rivals))]
     for row in evaluation.published:
         values = [f"{row.percent[metric.name]:.2f}" if metric.name in row.percent else "" for metric in metrics]
-        rows.append((f"{row.model} (published)", [(value, "") for value in values]))
+        if any(values):
+            rows.append((f"{row.model} (published)", [(value, "") for value in values]))
     return [_heading(metric) for metric in metrics], rows
 
 

@@ -13,7 +13,12 @@ from stllava.evaluate.evaluation import Evaluation, Rival
 from stllava.evaluate.scoring import Score
 from stllava.evaluate.statistics import LEVEL
 
-__all__ = ["counts_line", "interval", "p_value", "percent", "print_evaluation", "unhelpful_line"]
+__all__ = ["counts_line", "interval", "p_value", "percent", "print_evaluation", "printable", "unhelpful_line"]
+
+
+def printable(text: str) -> str:
+    """Text of a file on one line, without what a terminal would obey."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def percent(value: float | None) -> str:
@@ -67,10 +72,10 @@ def _parts(evaluation: Evaluation) -> Iterator[Table | str]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A text that is too long for 80 columns is cut with an ellipsis."""
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    """Numbers stay on a line, what stands left of them may take several."""
+    table = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(Text(printable(column)), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
     return table
 
 
@@ -104,7 +109,7 @@ def _groups(evaluation: Evaluation, heading: str) -> Table:
     table = _table(f"by {heading}, {last}; no interval below {evaluation.how.min_group} items", heading, "open", "closed", *names)
     for group in evaluation.groups[heading]:
         found = {score.metric: score for score in group.scores}
-        table.add_row(Text(group.name), str(group.n_open), str(group.n_closed), *(_short(found[metric]) for metric in metrics))
+        table.add_row(Text(printable(group.name)), str(group.n_open), str(group.n_closed), *(_short(found[metric]) for metric in metrics))
     return table
 
 
@@ -116,9 +121,9 @@ def _short(score: Score) -> str:
 
 
 def _published(evaluation: Evaluation) -> Table:
-    table = _table("published, per cent; * not k of n", "", "recall", "F1", "closed", "source")
+    table = _table("published, per cent; * not k of n", "", "recall", "F1", "closed")
     for row in evaluation.published:
         cells = [f"{row.percent[name]:.2f}{'*' if name in row.unattainable else ''}" if name in row.percent else ""
                  for name in ("open_recall", "open_f1", "closed_accuracy_batch")]
-        table.add_row(Text(row.model), *cells, Text(row.source))
+        table.add_row(f"{row.model} ({row.source})", *cells)
     return table
