@@ -65,7 +65,7 @@ def test_properties_of_scores(n, seed, order):
     answers = answers_to(items, seed)
     found = score_answers("a", items, answers, FAST)
     for score in found.scores:
-        assert score.value is None and score.n == 0 or (0 <= score.low <= score.high <= 1)
+        assert (score.value is None and score.n == 0) or (0 <= score.low <= score.high <= 1)
         if score.metric.share and score.n:
             assert score.attainable and (score.value * score.n) == pytest.approx(round(score.value * score.n), abs=1e-9)
             assert is_attainable(round(100 * score.value, 2), score.n)
@@ -128,6 +128,14 @@ def test_intervals_by_image_are_wider_where_an_images_questions_go_together():
         [score] = [score for score in score_answers("a", items, answers, Scoring(by_image=by_image)).scores if score.metric.name == "strict_closed_accuracy"]
         widths.append(score.high - score.low)
     assert widths[1] > 2 * widths[0]
+
+
+def test_all_right_is_not_certain():
+    items = [item for item in test_set(140) if item["answer_type"] == "CLOSED"]
+    answers = [{"question_id": item["id"], "text": item["conversations"][1]["value"]} for item in items]
+    for by_image, n in ((False, len(items)), (True, 7)):
+        [score] = [score for score in score_answers("a", items, answers, Scoring(by_image=by_image)).scores if score.metric.name == "strict_closed_accuracy"]
+        assert (score.value, score.high) == (1.0, 1.0) and score.low == pytest.approx(0.025 ** (1 / n))
 
 
 def test_majority():

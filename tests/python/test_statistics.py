@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from stllava.evaluate import is_attainable, mcnemar_exact, paired_bootstrap
-from stllava.evaluate.statistics import bootstrap_intervals, paired_test
+from stllava.evaluate.statistics import all_or_none_interval, bootstrap_intervals, paired_test
 
 
 def by_enumeration(only_a, only_b):
@@ -52,6 +52,12 @@ def test_interval_of_a_share_is_that_of_the_binomial():
     # 270 of 300: standard error 0.01732, so 86.6 to 93.4 by the normal approximation; two thousand draws give the ends to about 0.2 points
     [[low, high]] = bootstrap_intervals([1.0] * 270 + [0.0] * 30)
     assert low == pytest.approx(0.866, abs=0.006) and high == pytest.approx(0.934, abs=0.006)
+
+
+@pytest.mark.parametrize("n", [1, 2, 20, 272])
+def test_interval_of_none_right(n):
+    """The share at which n misses in a row have a probability of 2.5 %."""
+    assert (1 - all_or_none_interval(n)) ** n == pytest.approx(0.025)
 
 
 def test_three_items_by_enumeration():

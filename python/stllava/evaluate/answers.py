@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stllava.feature_cache import FeatureCache
     from stllava.model import LlavaModel
 
-__all__ = ["KNOWN_FIELDS", "Question", "answer_questions", "read_questions"]
+__all__ = ["KNOWN_FIELDS", "Question", "answer_questions", "question_text", "read_questions"]
 
 KNOWN_FIELDS = frozenset({"question_id", "id", "image", "text", "conversations", "conversatons"})
 """What is read of a question record; everything else in it is left alone."""
@@ -57,7 +57,7 @@ def read_questions(records: Iterable[Mapping[str, Any]], source: object = "quest
             return "without id", f"no question_id (or id) that is a text or an integer, found fields {sorted(record)}"
         if counts[str(name)] > 1 and first[str(name)] != row:
             return "duplicate", f"question_id {name!r} is that of row {first[str(name)]} too; answers could not be told apart"
-        if not isinstance(_text(record), str):
+        if not isinstance(question_text(record), str):
             return "without question", f"no text, and no conversations whose first turn has a value, found fields {sorted(record)}"
         if image is not None and not isinstance(image, str):
             return "image", f"image is a {type(image).__name__}, want the name of a file, or nothing"
@@ -68,11 +68,12 @@ def read_questions(records: Iterable[Mapping[str, Any]], source: object = "quest
     if problems:
         raise DataError(f"{source}: {len(problems)} of {len(rows)} questions cannot be answered:\n" +
                         "\n".join(f"  row {p.row}: {p.text}" for p in problems[:SHOWN]) + ("\n  ..." if len(problems) > SHOWN else ""), problems)
-    return [Question(row["question_id" if "question_id" in row else "id"], row.get("image"), _text(row).replace(DEFAULT_IMAGE_TOKEN, "").strip())
-            for row in rows]
+    return [Question(row["question_id" if "question_id" in row else "id"], row.get("image"),
+                     question_text(row).replace(DEFAULT_IMAGE_TOKEN, "").strip()) for row in rows]
 
 
-def _text(record: Mapping[str, Any]) -> Any:
+def question_text(record: Mapping[str, Any]) -> Any:
+    """What a record asks, as it stands there; None where it has no question."""
     if "text" in record:
         return record["text"]
     turns = record.get("conversations", record.get("conversatons"))
@@ -117,10 +118,13 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
             yield {"question_id": item.id, "prompt": item.text, "text": answer.text, "answer_id": digest, "model_id": model_id, "metadata": extra}
 
     def check(item: Question, row: dict[str, Any]) -> None:
-        for field, wanted in (("prompt", item.text), ("model_id", model_id), ("metadata", extra)):
-            if row.get(field) != wanted and (field != "metadata" or extra):
+        for field, wanted in (("prompt", item.text), ("model_id", model_id)):
+            if row.get(field) != wanted:
                 raise FormatError(f"{out}: the answer to question {item.id!r} has the {field} {str(row.get(field))[:80]!r}, but now it is "
-                                  f"{str(wanted)[:80]!r}; to answer anew, name another file", field=field)
+                                  f"{wanted[:80]!r}; to answer anew, name another file", field=field)
+        if extra and row.get("metadata") != extra:
+            raise FormatError(f"{out}: the answer to question {item.id!r} is that of a run with another model, other pictures or settings (metadata "
+                              f"{str(row.get('metadata'))[:80]}, now {str(extra)[:80]}); to answer anew, name another file", field="metadata")
 
     return run_step(items, lambda item: item.id, work, out=out, batch_size=batch_size, label=label, progress=progress, field="question_id",
                     check=check, group=lambda item: ("image", item.image) if item.image is not None else ("text", item.id))

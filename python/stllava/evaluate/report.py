@@ -61,6 +61,10 @@ class VqaReport:
         """Everything, ready for JSON."""
         return {"variant": self.variant, "percent": self.percent, **dataclasses.asdict(self)}
 
+    def _repr_html_(self) -> str:
+        from stllava.evaluate.render.notebook import report_html
+        return report_html(self)
+
 
 def report_table(report: VqaReport, title: str = "") -> Table:
     """The report as a rich table: the variant as title, metrics in per cent, and how many items they are made of."""

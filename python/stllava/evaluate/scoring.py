@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stllava.evaluate.breakdown import MIN_GROUP
 from stllava.evaluate.definitions import CLOSED_VARIANTS, METRIC_SETS, Metric, metrics_of, primary_metrics
 from stllava.evaluate.report import VqaItem, VqaReport
-from stllava.evaluate.statistics import LEVEL, N_RESAMPLES, bootstrap_intervals, is_attainable, mcnemar_exact, paired_test
+from stllava.evaluate.statistics import LEVEL, N_RESAMPLES, all_or_none_interval, bootstrap_intervals, is_attainable, mcnemar_exact, paired_test
 from stllava.evaluate.vqa import ClosedVariant, MetricSet, evaluate_vqa
 
 __all__ = ["Comparison", "Difference", "Score", "Scoring", "System", "compare", "score_answers", "scores_of"]
@@ -51,8 +51,8 @@ class Scoring:
         """What intervals and tests are, in a sentence."""
         drawn = "images with all their questions" if self.by_image else "questions"
         return (f"{LEVEL} % percentile bootstrap intervals, {self.n_resamples} resamplings of {drawn}, open and closed items by themselves, seed "
-                f"{self.seed}; paired tests over the same items: McNemar's exact test where an item is right or wrong, else the paired bootstrap; "
-                "p two-sided, not corrected for testing several metrics.")
+                f"{self.seed} (0 or all of n right: Clopper-Pearson); paired tests over the same items: McNemar's exact test where an item is right "
+                "or wrong, else the paired bootstrap; p two-sided, not corrected for testing several metrics.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +159,19 @@ def scores_of(system: System, how: Scoring, rows: Sequence[int] | None = None, m
         groups = [system.images[row] or row for row in of_kind] if how.by_image else None
         intervals = bootstrap_intervals(table, how.n_resamples, how.seed, groups)
         for column, values, (low, high) in zip(columns, table.T, intervals.tolist(), strict=True):
-            found[column] = _score(system, column, values[~np.isnan(values)], low, high)
+            counted = np.flatnonzero(~np.isnan(values))
+            n_drawn = len({groups[row] for row in counted.tolist()}) if groups is not None else len(counted)
+            found[column] = _score(system.metrics[column], values[counted], low, high, n_drawn)
     return tuple(found[column] for column in sorted(found))
 
 
-def _score(system: System, column: int, values: NDArray[np.float64], low: float, high: float) -> Score:
-    metric = system.metrics[column]
+def _score(metric: Metric, values: NDArray[np.float64], low: float, high: float, n_drawn: int) -> Score:
+    """n_drawn: how many things were resampled, items or images."""
     if not values.size:
         return Score(metric, 0, None, None, None, None)
     # Left to right, as `evaluate_vqa` adds: the same value to the last bit.
+    if metric.share and values.min() == values.max():
+        low, high = (0.0, all_or_none_interval(n_drawn)) if values[0] == 0.0 else (1.0 - all_or_none_interval(n_drawn), 1.0)
     value = float(np.add.accumulate(values)[-1]) / values.size
     return Score(metric, int(values.size), value, low, high, is_attainable(round(100 * value, 2), int(values.size)) if metric.share else None)
 

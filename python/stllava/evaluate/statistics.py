@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["LEVEL", "N_RESAMPLES", "PairedTest", "bootstrap_intervals", "is_attainable", "mcnemar_exact", "paired_bootstrap", "paired_test"]
+__all__ = ["LEVEL", "N_RESAMPLES", "PairedTest", "all_or_none_interval", "bootstrap_intervals", "is_attainable", "mcnemar_exact",
+           "paired_bootstrap", "paired_test"]
 
 LEVEL = 95
 """Per cent that intervals cover."""
@@ -45,6 +46,14 @@ def bootstrap_intervals(values: ArrayLike, n: int = N_RESAMPLES, seed: int = 0, 
         if found.size:
             low_and_high[column] = np.percentile(found, ((100 - LEVEL) / 2, 100 - (100 - LEVEL) / 2))
     return low_and_high
+
+
+def all_or_none_interval(n: int) -> float:
+    """How far an interval reaches from 0 of n, or from n of n, where resampling finds no spread: 95 %, exact for independent items.
+
+    Source: Clopper & Pearson 1934, whose other end is then the share itself.
+    """
+    return float(1 - ((100 - LEVEL) / 200) ** (1 / n))
 
 
 def paired_bootstrap(a: Sequence[float], b: Sequence[float], n: int = N_RESAMPLES, seed: int = 0) -> tuple[float, float, float]:

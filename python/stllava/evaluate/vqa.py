@@ -137,7 +137,7 @@ def _join(ids: list[str], predictions: Iterable[Mapping[str, Any]], unmatched: s
         if found:
             raise FormatError(
                 f"predictions do not match the {len(ids)} references: {', '.join(found)} ids; "
-                "unmatched='wrong' counts such items as wrong",
+                "unmatched='wrong' (--unmatched wrong) counts such items as wrong",
                 field="question_id",
             )
     return [texts[i][0] if len(texts.get(i, ())) == 1 else None for i in ids], len(surplus)

@@ -73,6 +73,14 @@ class LlavaModel:
         self._bind(tensors)
         self.run = stllava_c.Run(self.core)
 
+    def __repr__(self) -> str:
+        from .summary import model_line
+        return model_line(self)
+
+    def _repr_html_(self) -> str:
+        from .summary import model_html
+        return model_html(self)
+
     # ---- loading and saving ------------------------------------------------------------------------------------------
 
     @classmethod
@@ -418,7 +426,7 @@ class LlavaModel:
         pixels = self.pixels(images)
         return self.run.encode(pixels, adapters=self.adapters_enabled).reshape(len(pixels), self.core.tokens_per_image, -1)
 
-    def score(self, prompt: str, answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
+    def score(self, prompt: str | Seq[int], answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
         """Summed log-probability of each answer after the prompt, (len(answers),) float64; the prompt is computed once."""
         from stllava.generation import score
         return score(self, prompt, answers, images)
