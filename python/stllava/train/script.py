@@ -63,7 +63,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         _one_of(self, "mm_vision_select_feature", (None, "patch", "cls_patch"))
         _one_of(self, "lora_bias", ("none", "all", "lora_only"))
-        _one_of(self, "bits", (16,), "; weights stay as they are stored: for less memory use a bf16 or f16 checkpoint, or a .gguf file")
+        _one_of(self, "bits", (16,), "; weights stay as they are stored: for less memory use a bf16 or f16 checkpoint")
         _one_of(self, "quant_type", ("nf4", "fp4"))
         _one_of(self, "dtype", ("f32", "f64"))
         for name in ("lora_r", "lora_alpha", "lora_r_vit", "lora_alpha_vit"):
