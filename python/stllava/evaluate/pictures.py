@@ -11,17 +11,15 @@ from stllava.data.image_store import ImageStore
 from stllava.errors import FormatError
 from stllava.image_source import FileSource, shown_name
 
-__all__ = ["TestPictures"]
+__all__ = ["ItemPictures"]
 
 
-class TestPictures:
+class ItemPictures:
     """Name -> what `load_image` takes.
 
     folder: where names start, None: not known. items: the given records, with a name for every picture. One that a record holds
     (``{"bytes", "path"}``, as Hugging Face stores it) gets a digest of it for a name, so that the questions of one picture are one group.
     """
-
-    __test__ = False  # pytest
 
     def __init__(self, items: Sequence[Mapping[str, Any]], folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
