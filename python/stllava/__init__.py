@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .images import ImageProcessor as ImageProcessor
     from .model import LlavaModel as LlavaModel
     from .text.tokenizer import Tokenizer as Tokenizer
-    from .train.arguments import DPOConfig as DPOConfig, SFTConfig as SFTConfig
     from .train.callbacks import TrainerCallback as TrainerCallback
     from .train.dpo import DPOTrainer as DPOTrainer
+    from .train.from_script import DPOConfig as DPOConfig, SFTConfig as SFTConfig
     from .train.sft import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "LoraConfig": "checkpoint.peft", "LlavaConfig": "config", "VisionConfig": "config", "DPODataset": "data.dpo", "SFTDataset": "data.sft",
     "evaluate_vqa": "evaluate.vqa", "ImageProcessor": "images", "LlavaModel": "model", "Tokenizer": "text.tokenizer",
-    "DPOConfig": "train.arguments", "SFTConfig": "train.arguments", "TrainerCallback": "train.callbacks", "DPOTrainer": "train.dpo",
+    "DPOConfig": "train.from_script", "SFTConfig": "train.from_script", "TrainerCallback": "train.callbacks", "DPOTrainer": "train.dpo",
     "SFTTrainer": "train.sft"}
 __all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - the keys are strings
 
