@@ -32,7 +32,7 @@ from stllava.data.sft import SFTDataset
 from stllava.demo.base import fresh_weights
 from stllava.evaluate import answers, runs
 from stllava.evaluate.evaluation import Answers, evaluate
-from stllava.evaluate.pictures import TestPictures
+from stllava.evaluate.pictures import ItemPictures
 from stllava.evaluate.scoring import Scoring
 from stllava.images import ImageProcessor
 from stllava.model import LlavaModel
@@ -162,7 +162,7 @@ def evaluation(images: Path, out: Path) -> None:
               "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
              for i, (kind, question, answer) in enumerate((("OPEN", "What is it?\n<image>", "a thing"), ("CLOSED", "Is it large?\n<image>", "no")))
              for path in sorted(images.iterdir())]
-    pictures = TestPictures(items, images)
+    pictures = ItemPictures(items, images)
     common = {"model": model_for(dropout=0), "model_id": "tiny", "template": "v1", "questions": answers.read_questions(items), "image_of": pictures,
               "identity": {"pictures": pictures.digest()}, "settings": {"max_new_tokens": 3}, "folder": out, "batch_size": 2, "progress": False}
     for chunk in range(2):
@@ -170,8 +170,7 @@ def evaluation(images: Path, out: Path) -> None:
     whole = runs.AnswerRun(**common)
     rows = {baseline: whole.answers(baseline) for baseline in (None, "no_image", "shuffled_image")}
     found = evaluate(items, Answers("tiny", rows.pop(None)), Scoring(n_resamples=50), baselines=[Answers(name, some) for name, some in rows.items()])
-    for _ in runs.write_evaluation(found, out, {}, [path for name in (None, *rows) if (path := whole.path(name)) is not None], pictures):
-        pass
+    runs.write_evaluation(found, out, {}, [path for name in (None, *rows) if (path := whole.path(name)) is not None], pictures)
 
 
 def run(kind: str, images: Path, out: Path) -> None:

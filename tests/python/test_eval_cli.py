@@ -17,10 +17,10 @@ from tiny import tiny_model, write_pictures
 
 from stllava.cli import main
 from stllava.errors import FormatError
-from stllava.evaluate import evaluate_vqa
+from stllava.evaluate import evaluate_vqa, runs
 from stllava.evaluate.evaluation import SCHEMA, Answers, evaluate
 from stllava.evaluate.identity import model_digest
-from stllava.evaluate.pictures import TestPictures
+from stllava.evaluate.pictures import ItemPictures
 from stllava.evaluate.predictions import read_predictions, system_name
 from stllava.evaluate.published import SPLITS
 from stllava.evaluate.render.page import html_page
@@ -155,26 +155,26 @@ def test_answers_depend_on_weights_and_pictures(data, tmp_path):
     array[0, 0] += 1
     assert model_digest(changed) != model_digest(tiny_model()), name
     items = json.loads((data / "items.json").read_text())
-    pictures = TestPictures(items, data)
+    pictures = ItemPictures(items, data)
     for path in data.glob("*.png"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert TestPictures(items, tmp_path).digest() == pictures.digest()
+    assert ItemPictures(items, tmp_path).digest() == pictures.digest()
     Image.new("RGB", (9, 9)).save(tmp_path / "2.png")
-    assert TestPictures(items, tmp_path).digest() != pictures.digest()
+    assert ItemPictures(items, tmp_path).digest() != pictures.digest()
 
 
 def test_pictures_inside_records(data):
     held = [{"id": i, "image": {"bytes": (data / f"{i % 2}.png").read_bytes(), "path": None}} for i in range(4)]
-    pictures = TestPictures(held, None)
+    pictures = ItemPictures(held, None)
     assert [one["image"] for one in pictures.items] == [pictures.names[i % 2] for i in range(4)] and len(pictures.names) == 2
     assert pictures(pictures.names[1]) == (data / "1.png").read_bytes()
     pictures.require()
     with pytest.raises(FormatError, match="2 pictures are files, the first '0.png'; give --image_folder"):
-        TestPictures([{"image": "0.png"}, {"image": "1.png"}, {"id": "text"}], None).require()
+        ItemPictures([{"image": "0.png"}, {"image": "1.png"}, {"id": "text"}], None).require()
     with pytest.raises(FormatError, match=r"1 of 2 pictures are missing: .*nowhere.png"):
-        TestPictures([{"image": "0.png"}, {"image": "nowhere.png"}], data).require()
+        ItemPictures([{"image": "0.png"}, {"image": "nowhere.png"}], data).require()
     with pytest.raises(FormatError, match="lies outside"):
-        TestPictures([{"image": "../0.png"}], data).require()
+        ItemPictures([{"image": "../0.png"}], data).require()
 
 
 # ---- a benchmark -------------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def hostile(data):
     answers = [{"id": one["id"], "text": ("", "I cannot determine it. " + HOSTILE)[i % 2]} for i, one in enumerate(items)]
     found = evaluate(items, Answers(HOSTILE, answers), FAST, title=HOSTILE, baselines=[Answers(f"base {HOSTILE}", answers, HOSTILE)],
                      other=Answers(HOSTILE, answers), facts={HOSTILE: HOSTILE})
-    return found, TestPictures(items, data)
+    return found, ItemPictures(items, data)
 
 
 def test_a_page_holds_everything_and_runs_nothing(hostile):
@@ -334,13 +334,13 @@ def test_a_page_holds_everything_and_runs_nothing(hostile):
 def test_a_picture_that_cannot_be_read_is_said_to_be(data, tmp_path):
     items = [item(0, "CLOSED", "yes", image="gone.png")]
     found = evaluate(items, Answers("a", [{"id": 0, "text": "no"}]), FAST)
-    page = html_page(found, TestPictures(items, tmp_path))
+    page = html_page(found, ItemPictures(items, tmp_path))
     assert "gone.png" in page and "<img" not in page
 
 
 def test_hostile_texts_are_written(hostile, tmp_path):
     found, pictures = hostile
-    written = [path.name for path in write_evaluation(found, tmp_path / "out", {}, [], pictures)]
+    written = [path.name for path in write_evaluation(found, tmp_path / "out", {"title": HOSTILE}, [], pictures)]
     assert sorted(written) == OUTPUTS and written[-1] == "manifest.json"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["title"] == HOSTILE
     assert "alert(1)" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -389,6 +389,9 @@ WRONG = [
     (["{model}", "--question_file", "{items}", "--batch_size", "0"], "--batch_size is 0"),
     (["{model}", "--question_file", "{items}", "--image_folder", "nowhere"], "3 of 3 pictures are missing"),
     (["{model}", "--question_file", "{items}", "--conv_mode", "v9"], "template 'v9' is unknown"),
+    (["{model}", "--question_file", "{items}", "--compare", "{answers}"], "answers.jsonl: predictions do not match the 8 references: 7 missing"),
+    (["{model}", "--question_file", "{items}", "--baselines", "majority", "--train_file", "nowhere"], "nowhere"),
+    (["--predictions", "{answers}", "--question_file", "{items}", "--candidates", "{model}/tokenizer.model"], "not JSON"),
     (["nowhere", "--question_file", "{items}"], "nowhere"),
 ]
 
@@ -405,3 +408,10 @@ def test_mistakes_are_one_line(words, message, data, model_dir, tmp_path, capsys
     error = capsys.readouterr().err
     assert code == 2 and message in error and "Traceback" not in error
     assert len([line for line in error.splitlines() if line.startswith("stllava eval: ")]) == 1
+
+
+def test_without_jinja2_everything_but_the_page(vqa_rad, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "has_jinja", lambda: False)
+    assert main(["eval", "--predictions", str(vqa_rad / "theirs.jsonl"), "--benchmark", str(vqa_rad / "test.json"), "--out", str(tmp_path), "--bootstrap", "50"]) == 0
+    assert "no report.html: it needs jinja2 (pip install 'stllava[report]')" in capsys.readouterr().err
+    assert sorted(contents(tmp_path)) == [name for name in OUTPUTS if name != "report.html"]

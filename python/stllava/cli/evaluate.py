@@ -6,14 +6,14 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .flags import Verbs, load_model, loading_flags, template_for
 from .parser import did_you_mean
 
 if TYPE_CHECKING:
     from stllava.evaluate.evaluation import Answers
-    from stllava.evaluate.pictures import TestPictures
+    from stllava.evaluate.pictures import ItemPictures
     from stllava.evaluate.scoring import Scoring
 
 __all__ = ["VERBS"]
@@ -70,11 +70,11 @@ def _baselines(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-class TestSet(NamedTuple):
+class Items(NamedTuple):
     """`path`: what was read."""
 
     items: list[dict[str, Any]]
-    pictures: TestPictures
+    pictures: ItemPictures
     title: str
     benchmark: str | None
     path: Path
@@ -91,19 +91,31 @@ class Answered(NamedTuple):
 
 def run_eval(args: argparse.Namespace) -> None:
     _check(args)
+    from stllava.errors import FormatError
     from stllava.evaluate.evaluation import Answers, evaluate
+    from stllava.evaluate.identity import items_digest
     from stllava.evaluate.predictions import predictions_file, read_predictions, system_name
     from stllava.evaluate.render.terminal import print_evaluation
     from stllava.evaluate.runs import facts_of, has_jinja, write_evaluation
+    from stllava.evaluate.vqa import evaluate_vqa
     how, test = _scoring(args), _read(args)
-    if args.out is not None and not has_jinja():
-        print("stllava eval: no report.html: it needs jinja2 (pip install 'stllava[report]')", file=sys.stderr)
+
+    def tried(source: object, rows: list[dict[str, Any]], unmatched: Literal["error", "wrong"]) -> None:
+        """What would fail after hours of answers fails now, with the file's name."""
+        try:
+            evaluate_vqa(test.items, rows, "strict", unmatched=unmatched)
+        except FormatError as error:
+            raise FormatError(f"{source}: {error}", field=error.field) from error
 
     def read(path: str) -> Answers:
         rows = read_predictions(path, args.text_field)
+        tried(path, rows, how.unmatched)
         return Answers(system_name(path, rows), rows)
 
+    tried(test.path, [], "wrong")
+
     other = None if args.compare is None else read(args.compare)
+    majorities = _majorities(args, test)
     if args.predictions is not None:
         answered: Answered | None = Answered(read(args.predictions), [], facts_of(Path(args.predictions)), [predictions_file(args.predictions)])
     else:
@@ -111,14 +123,14 @@ def run_eval(args: argparse.Namespace) -> None:
     if answered is None:
         return
     ours, baselines, facts, files = answered
-    found = evaluate(test.items, ours, how, title=test.title, benchmark=test.benchmark, baselines=[*_majorities(args, test), *baselines], other=other,
-                     facts=facts)
+    found = evaluate(test.items, ours, how, title=test.title, benchmark=test.benchmark, baselines=[*majorities, *baselines], other=other, facts=facts)
     print_evaluation(found)
     if args.out is not None:
-        from stllava.evaluate.identity import items_digest
+        if not has_jinja():
+            print("stllava eval: no report.html: it needs jinja2 (pip install 'stllava[report]')", file=sys.stderr)
         manifest = {"title": test.title, "benchmark": test.benchmark, "items": {"file": test.path.name, "sha256": items_digest(test.items)}}
-        *_, last = write_evaluation(found, Path(args.out), manifest, files, test.pictures)
-        print(f"report: {last.parent}")
+        write_evaluation(found, Path(args.out), manifest, files, test.pictures)
+        print(f"report: {args.out}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -147,8 +159,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch_size is {args.batch_size}, want at least 1")
 
 
-def _read(args: argparse.Namespace) -> TestSet:
-    from stllava.evaluate.pictures import TestPictures
+def _read(args: argparse.Namespace) -> Items:
+    from stllava.evaluate.pictures import ItemPictures
     if args.question_file is not None:
         from stllava.data.records import read_records
         path, name, items, title = Path(args.question_file), None, read_records(args.question_file), Path(args.question_file).stem
@@ -162,8 +174,8 @@ def _read(args: argparse.Namespace) -> TestSet:
         items, name = found.items, found.name
         title = " ".join(part for part in (found.name or path.stem, found.split, found.language) if part)
     folder = Path(args.image_folder) if args.image_folder is not None else path if path.is_dir() else path.parent
-    pictures = TestPictures(items, folder)
-    return TestSet(pictures.items, pictures, title, name, path)
+    pictures = ItemPictures(items, folder)
+    return Items(pictures.items, pictures, title, name, path)
 
 
 def _scoring(args: argparse.Namespace) -> Scoring:
@@ -173,13 +185,16 @@ def _scoring(args: argparse.Namespace) -> Scoring:
         from stllava.checkpoint.strict_json import parse
         from stllava.limits import MAX_DATA_BYTES
         from stllava.paths import read_regular
-        candidates = parse(read_regular(args.candidates, MAX_DATA_BYTES).decode())
+        try:
+            candidates = parse(read_regular(args.candidates, MAX_DATA_BYTES).decode())
+        except ValueError as error:
+            raise ValueError(f"--candidates {args.candidates}: not JSON: {error}") from error
     sets: Mapping[str, Any] = {"both": ("compat", "strict")}
     return Scoring(sets.get(args.metrics, (args.metrics,)), args.closed, candidates, args.unmatched, args.bootstrap, args.seed,
                    by_image=args.resample == "image", min_group=args.min_group)
 
 
-def _majorities(args: argparse.Namespace, test: TestSet) -> list[Answers]:
+def _majorities(args: argparse.Namespace, test: Items) -> list[Answers]:
     from stllava.evaluate.baselines import BASELINES, majority_answers
     from stllava.evaluate.evaluation import Answers
     train = None
@@ -191,7 +206,7 @@ def _majorities(args: argparse.Namespace, test: TestSet) -> list[Answers]:
             for name in args.baselines if name.startswith("majority")]
 
 
-def _answer(args: argparse.Namespace, test: TestSet) -> Answered | None:
+def _answer(args: argparse.Namespace, test: Items) -> Answered | None:
     """The model's answers, its baselines', and facts about it; None: a part was answered, which is not scored."""
     from stllava import __version__
     from stllava.conv_mode import model_name_of
@@ -217,8 +232,7 @@ def _answer(args: argparse.Namespace, test: TestSet) -> Answered | None:
               "parts are there, the same command without --num_chunks scores them")
         return None
     facts = {"package": f"stllava {__version__}", "model": {"name": name, "digest": identity["model"]}, "pictures": identity["pictures"],
-             "template": template, "dtype": args.dtype,
-             "decoding": {"temperature": 0.0, **settings}}
+             "template": template, "dtype": args.dtype, "decoding": {"temperature": 0.0, **settings}}
     baselines = [Answers(one, answers, BASELINES[one]) for one, answers in rows.items() if one is not None]
     return Answered(Answers(name, rows[None]), baselines, facts, [path for one in rows if (path := run.path(one)) is not None])
 

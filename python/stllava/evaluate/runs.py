@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,8 +107,8 @@ def _gather(whole: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, manifest: Mapping[str, Any], answers: Sequence[Path],
-                     image_of: Callable[[str], Any] | None = None) -> Iterator[Path]:
-    """Writes every output, each whole or not at all, and yields its path when it is there; the manifest is last.
+                     image_of: Callable[[str], Any] | None = None) -> list[Path]:
+    """Writes every output, each whole or not at all, the manifest last, and returns their paths.
 
     The page is left out where jinja2 is not installed. manifest: what the run was made from, JSON. answers: the files that were scored. No times and
     no machine in any file: the same run writes the same bytes.
@@ -122,11 +122,10 @@ def write_evaluation(evaluation: Evaluation, folder: Path, manifest: Mapping[str
         contents["report.html"] = lambda: html_page(evaluation, image_of)
     for name, text in contents.items():
         write_bytes(folder / name, text().encode("utf-8", "backslashreplace"))  # an answer may hold half a surrogate pair
-        yield folder / name
-    files = [*answers, *(folder / name for name in contents)]
-    content = {"schema": SCHEMA, **manifest, "facts": dict(evaluation.facts), "files": {path.name: file_entry(path) for path in files}}
-    write_bytes(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-    yield folder / MANIFEST
+    written = [folder / name for name in contents]
+    files = {path.name: file_entry(path) for path in (*answers, *written)}
+    write_bytes(folder / MANIFEST, strict_json.dump_object({"schema": SCHEMA, **manifest, "facts": dict(evaluation.facts), "files": files}))
+    return [*written, folder / MANIFEST]
 
 
 def facts_of(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from stllava.data.benchmarks import read_benchmark
 from stllava.data.records import read_jsonl, read_records
 from stllava.evaluate.answers import Question, answer_questions, read_questions
 from stllava.evaluate.definitions import CLOSED_VARIANTS, METRIC_SETS, METRICS, Metric
-from stllava.evaluate.pictures import TestPictures
+from stllava.evaluate.pictures import ItemPictures
 from stllava.evaluate.report import VqaReport
 from stllava.evaluate.statistics import bootstrap_intervals
 from stllava.evaluate.vqa import evaluate_vqa
@@ -156,7 +156,7 @@ class Evaluations:
         self.folder = folder
         self._models: dict[str, LlavaModel] = {}
         self._reports: dict[Vqa, VqaReport] = {}
-        self._pictures: dict[tuple[str | None, ...], TestPictures] = {}
+        self._pictures: dict[tuple[str | None, ...], ItemPictures] = {}
         self._digests: dict[str, str] = {}
 
     def model(self, path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None, **options: Any) -> LlavaModel:
@@ -181,12 +181,12 @@ class Evaluations:
         """The test set's."""
         return self._test_set(vqa).items
 
-    def _test_set(self, vqa: Vqa) -> TestPictures:
+    def _test_set(self, vqa: Vqa) -> ItemPictures:
         key = (vqa.data, vqa.image_folder, vqa.benchmark, vqa.split, vqa.language)
         if key not in self._pictures:
             path = Path(vqa.data)
             items = read_benchmark(path, vqa.benchmark, vqa.split, vqa.language) if path.is_dir() or vqa.benchmark is not None else read_records(path)
-            self._pictures[key] = TestPictures(items, vqa.image_folder or (path if path.is_dir() else path.parent))
+            self._pictures[key] = ItemPictures(items, vqa.image_folder or (path if path.is_dir() else path.parent))
         return self._pictures[key]
 
     def answers(self, vqa: Vqa) -> list[dict[str, Any]]:
@@ -247,7 +247,7 @@ class Evaluations:
 
     # ---- what answers depend on --------------------------------------------------------------------------------------
 
-    def _digest_of(self, vqa: Vqa, questions: Sequence[Question], pictures: TestPictures) -> str:
+    def _digest_of(self, vqa: Vqa, questions: Sequence[Question], pictures: ItemPictures) -> str:
         """Of the model's files, the questions, the pictures they show, and the settings. A tower that lies elsewhere counts by its name."""
         text = json.dumps([__version__, vqa.template, vqa.max_new_tokens, self._digest_of_model(vqa.model),
                            vqa.model_base and self._digest_of_model(vqa.model_base), questions, pictures.digest()])
