@@ -21,7 +21,7 @@ __all__ = ["VERBS"]
 TARGETS = ("llava", "llava-med", "question", "dpo", "trl", "parquet")
 SUFFIXES = ("json", "jsonl", "parquet")
 EPILOG = ("Read are JSON, JSON lines and Parquet in the layouts of LLaVA, LLaVA-Med, the original's DPO data, TRL and Hugging Face, VQA-RAD, SLAKE "
-          "and PathVQA (files or directories); `stllava data describe` says what a file is. Written is what the name ends in: .json, .jsonl, .parquet.")
+          "and PathVQA (files or directories); `stllava data describe` says what one is. Written is what the name ends in: .json, .jsonl, .parquet.")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
