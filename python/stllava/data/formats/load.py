@@ -71,7 +71,7 @@ def load(path: str | Path, split: str | None = None, keep: Keep = _whole) -> Loa
         keep: called with every neutral record as it comes, gives what is kept of it: so that images inside a Parquet file need not all be in memory.
 
     Raises:
-        FormatError: unreadable, or without that split. OSError. ImportError: Parquet without pyarrow.
+        FormatError: unreadable, or without that split. OSError. ConfigError: Parquet without pyarrow.
     """
     path = Path(path)
     wanted = None if split is None else canonical_split(split)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stllava.errors import FormatError
+from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_DATA_BYTES, MAX_IMAGE_BYTES
 from stllava.paths import read_head
 
@@ -20,11 +20,11 @@ ROW_GROUP_ROWS = 100
 
 
 def pyarrow() -> Any:
-    """The package with `parquet` imported. Raises ImportError in one line."""
+    """The package with `parquet` imported. Raises ConfigError: it is not there."""
     try:
         importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install 'stllava[parquet]'") from error
+        raise ConfigError("Parquet files need the package pyarrow: pip install 'stllava[parquet]'") from error
     return importlib.import_module("pyarrow")
 
 
@@ -32,7 +32,7 @@ def read_parquet(path: str | Path) -> Iterator[dict[str, Any]]:
     """Rows one after the other, a few at a time in memory. Fields without a value (null) are left out, an image with a name alone becomes the name.
 
     Raises:
-        FormatError: damaged, or larger than the limits. ImportError: no pyarrow.
+        FormatError: damaged, or larger than the limits. ConfigError: no pyarrow.
     """
     pa = pyarrow()
     read_head(path, 4)  # a regular file
