@@ -8,7 +8,7 @@ import hashlib
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .images import Picture
     from .model import LlavaModel
 
-__all__ = ["ChatSession", "Reply", "chat"]
+__all__ = ["ChatPrompt", "ChatSession", "Reply", "chat", "chat_prompt"]
 
 
 def chat(model: LlavaModel, messages: Seq[Mapping[str, Any]], images: Seq[Picture] = (), *, template: str | Conversation | None = None,
@@ -44,10 +44,25 @@ def chat(model: LlavaModel, messages: Seq[Mapping[str, Any]], images: Seq[Pictur
     Raises:
         ValueError: roles that do not alternate, a last message that is not the user's, parts of another kind, markers that do not match the images.
     """
-    dialogue, shown = _dialogue(model, messages, images, template)
-    options["stop"] = (*DecodingSettings(stop=options.get("stop", ())).stops, *dialogue.stop_strings())
-    [[answer]] = generate(model, [encode_conversation(dialogue, model.tokenizer, len(shown))], [shown], **options)
+    prompt = chat_prompt(model, messages, images, template=template)
+    options["stop"] = (*DecodingSettings(stop=options.get("stop", ())).stops, *prompt.stop)
+    [[answer]] = generate(model, [prompt.ids], [prompt.images], **options)
     return answer.text
+
+
+class ChatPrompt(NamedTuple):
+    """What `generate` takes to answer a conversation; `stop` are the template's strings that end an answer."""
+
+    ids: list[int]
+    images: tuple[Picture, ...]
+    stop: tuple[str, ...]
+
+
+def chat_prompt(model: LlavaModel, messages: Seq[Mapping[str, Any]], images: Seq[Picture] = (), *,
+                template: str | Conversation | None = None) -> ChatPrompt:
+    """The prompt that `chat` answers, for those who answer many at once. Arguments and errors as there."""
+    dialogue, shown = _dialogue(model, messages, images, template)
+    return ChatPrompt(encode_conversation(dialogue, model.tokenizer, len(shown)), shown, tuple(dialogue.stop_strings()))
 
 
 def _dialogue(model: LlavaModel, messages: Seq[Mapping[str, Any]], images: Seq[Picture],

@@ -194,7 +194,7 @@ def stream(model: LlavaModel, prompt: str | Seq[int], images: Seq[Picture] = (),
     return (text for _, _, text in Answers(model, decoder, how.stops, eos, [limit]) if text)
 
 
-def score(model: LlavaModel, prompt: str, answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
+def score(model: LlavaModel, prompt: str | Seq[int], answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
     """See :meth:`LlavaModel.score`. An answer's tokens are those of its text after the prompt, with the end token."""
     head = prompt_ids(model, prompt, 0)
     pictures = dict(enumerate(model.pixels(images))) if images else {}

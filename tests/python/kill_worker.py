@@ -1,4 +1,4 @@
-"""Runs that are killed and go on: `python kill_worker.py KIND FOLDER N SEED`, KIND sft, dpo or selftrain; prints one JSON object per line.
+"""Runs that are killed and go on: `python kill_worker.py KIND FOLDER N SEED`, KIND sft, dpo, selftrain or eval; prints one JSON object per line.
 
 Each run is a process of its own, forked from this one, which has imported everything and computed nothing. A run does what a supervised script
 does: goes on from the newest complete checkpoint, or begins. It counts events, the calls hooked below, by the phase they happen in, and kills
@@ -30,6 +30,10 @@ from stllava.data.dpo import DPODataset
 from stllava.data.records import read_jsonl
 from stllava.data.sft import SFTDataset
 from stllava.demo.base import fresh_weights
+from stllava.evaluate import answers, runs
+from stllava.evaluate.evaluation import Answers, evaluate
+from stllava.evaluate.pictures import ItemPictures
+from stllava.evaluate.scoring import Scoring
 from stllava.images import ImageProcessor
 from stllava.model import LlavaModel
 from stllava.selftrain import answer as answering, ask as asking
@@ -42,7 +46,7 @@ from stllava.train.dpo import DPOObjective, DPOTrainer
 from stllava.train.sft import SFTObjective, SFTTrainer
 
 PHASES = {"sft": ("step", "save", "resume", "between", "export"), "dpo": ("step", "save", "resume", "between", "export"),
-          "selftrain": ("step", "write", "resume")}
+          "selftrain": ("step", "write", "resume"), "eval": ("step", "write", "resume")}
 WEIGHTS = fresh_weights(config(), 0)
 PIECES = Tokenizer(str(TOKENIZER))
 
@@ -85,6 +89,12 @@ def hook_all(kind: str) -> None:
         hook(answering, "generate", "step")
         hook(LongerIsBetter, "score", "step")
         hook(steps, "read_jsonl", "resume")
+        hook(atomic, "system_call", "write")
+        return
+    if kind == "eval":
+        hook(answers, "generate", "step")
+        hook(steps, "read_jsonl", "resume")
+        hook(runs, "read_jsonl", "resume")
         hook(atomic, "system_call", "write")
         return
     hook(loop, "find_checkpoint", "resume")
@@ -146,9 +156,29 @@ def selftrain(images: Path, out: Path) -> None:
     atomic.write_bytes(out / "pairs.json", json.dumps([pairs, dropped]).encode())
 
 
+def evaluation(images: Path, out: Path) -> None:
+    """Two parts, the whole, baselines, every report."""
+    items = [{"id": f"{path.stem}-{i}", "image": path.name, "answer_type": kind, "modality": path.stem,
+              "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+             for i, (kind, question, answer) in enumerate((("OPEN", "What is it?\n<image>", "a thing"), ("CLOSED", "Is it large?\n<image>", "no")))
+             for path in sorted(images.iterdir())]
+    pictures = ItemPictures(items, images)
+    common = {"model": model_for(dropout=0), "model_id": "tiny", "template": "v1", "questions": answers.read_questions(items), "image_of": pictures,
+              "identity": {"pictures": pictures.digest()}, "settings": {"max_new_tokens": 3}, "folder": out, "batch_size": 2, "progress": False}
+    for chunk in range(2):
+        runs.AnswerRun(n_chunks=3, chunk=chunk, **common).answers()
+    whole = runs.AnswerRun(**common)
+    rows = {baseline: whole.answers(baseline) for baseline in (None, "no_image", "shuffled_image")}
+    found = evaluate(items, Answers("tiny", rows.pop(None)), Scoring(n_resamples=50), baselines=[Answers(name, some) for name, some in rows.items()])
+    runs.write_evaluation(found, out, {}, [path for name in (None, *rows) if (path := whole.path(name)) is not None], pictures)
+
+
 def run(kind: str, images: Path, out: Path) -> None:
     hook_all(kind)
-    selftrain(images, out) if kind == "selftrain" else train(kind, images, out)
+    if kind in ("sft", "dpo"):
+        train(kind, images, out)
+    else:
+        {"selftrain": selftrain, "eval": evaluation}[kind](images, out)
 
 
 def start(kind: str, images: Path, out: Path, point: tuple[str, int] | None = None) -> int:

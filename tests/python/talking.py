@@ -15,12 +15,12 @@ WORDS = ["the", "lung", "heart", "film", "shows", "no", "left", "right", "small"
          "and", "is", "one"]
 
 
-def talking_model(dtype: str = "f32", **changes) -> LlavaModel:
+def talking_model(dtype: str = "f32", *, seed: int = 3, **changes) -> LlavaModel:
     cfg = config(**changes)
     weights = fresh_weights(cfg, 0)
     tokenizer = Tokenizer(str(TOKENIZER))
     said = [tokenizer.encode(word, add_bos=False)[0] for word in WORDS]
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     weights["lm_head.weight"] = np.zeros_like(weights["lm_head.weight"])
     weights["lm_head.weight"][said] = rng.normal(0, 1, (len(said), 64))
     return LlavaModel(cfg, weights, dtype=dtype, tokenizer=tokenizer, image_processor=ImageProcessor(size=28, aspect="pad"))

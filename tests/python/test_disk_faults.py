@@ -287,7 +287,7 @@ def test_a_run_that_met_a_fault_resumes_to_the_same_weights(tmp_path: Path, amou
         again = run(folder)
         np.testing.assert_array_equal(again.model.core.theta.numpy(), whole.model.core.theta.numpy(), err_msg=f"{kind} at call {n} of {n_calls}")
         assert (folder / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
-        assert sorted(os.listdir(folder)) == ["checkpoint-3", "log.jsonl"]
+        assert sorted(os.listdir(folder)) == ["checkpoint-3", "log.jsonl", "trainer_state.json"]
         shutil.rmtree(folder)
 
 
@@ -296,7 +296,7 @@ def test_a_resumed_run_deletes_what_the_one_before_could_not(tmp_path: Path) -> 
     trainer_in(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1).train()
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 3
     trainer_in(tmp_path / "run", max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train(resume_from_checkpoint=True)
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-3", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-3", "log.jsonl", "trainer_state.json"]
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])

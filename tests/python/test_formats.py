@@ -267,3 +267,19 @@ def test_an_answer_shows_no_picture(tmp_path: Path, model) -> None:
     row = {"image": ["0.png", "1.png"], "conversations": [TURNS[0], {"from": "gpt", "value": "It is <image>"}]}
     with pytest.raises(DataError, match="an answer has an <image> marker"):
         SFTDataset([row], **options(model, tmp_path))
+
+
+def test_images_inside_rows_are_trained_on(tmp_path: Path, model) -> None:
+    """The same samples and pictures as with files; the same bytes are one picture."""
+    names = write_pictures(tmp_path, 2)
+    rows = [{"image": {"bytes": (tmp_path / name).read_bytes(), "path": name}, "question": "Is it large?", "answer": "yes"} for name in [*names, names[0]]]
+    named = SFTDataset([{**row, "image": row["image"]["path"]} for row in rows], **options(model, tmp_path))
+    for data in (rows, published.write_parquet(tmp_path / "x.parquet", rows)):
+        inside = SFTDataset(data, **options(model, tmp_path / "nowhere"), group_by_image=True)
+        assert [len(inside.sequences(i, 0)) for i in range(len(inside))] == [2, 1]
+        for item, name in enumerate(names):
+            [key] = inside.sequences(item, 0)[0].images
+            np.testing.assert_array_equal(inside.pixels(key), named.pixels(name))
+    broken = [{**rows[0], "image": {"bytes": b"no picture", "path": "x.png"}}]
+    with pytest.raises(DataError, match="row 0"):
+        SFTDataset(broken, **options(model, tmp_path))

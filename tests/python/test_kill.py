@@ -22,16 +22,16 @@ if stllava_c.build_info()["sanitizers"]:
 HERE = Path(__file__).parent
 
 
-KINDS = ("sft", "dpo", "selftrain")
+KINDS = ("sft", "dpo", "selftrain", "eval")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory, pytestconfig):
-    """The three kinds side by side, each on one thread; and how many points each takes."""
-    n = 200 if pytestconfig.getoption("--long") else 25
+    """The kinds side by side, each on one thread; and how many points each takes."""
+    n = dict.fromkeys(KINDS, 200 if pytestconfig.getoption("--long") else 25) | {"eval": 25 if pytestconfig.getoption("--long") else 5}
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    started = {kind: subprocess.Popen([sys.executable, str(HERE / "kill_worker.py"), kind, str(tmp_path_factory.mktemp("kill") / kind), str(n), "7"],
+    started = {kind: subprocess.Popen([sys.executable, str(HERE / "kill_worker.py"), kind, str(tmp_path_factory.mktemp("kill") / kind), str(n[kind]), "7"],
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for kind in KINDS}
     yield started, n
     for worker in started.values():
@@ -41,7 +41,7 @@ def workers(tmp_path_factory, pytestconfig):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_runs_end_as_if_nothing_had_happened(workers, kind):
-    started, n = workers
+    started, n = workers[0], workers[1][kind]
     output, errors = started[kind].communicate(timeout=60 + 20 * n)
     assert started[kind].returncode == 0, errors
     points = [json.loads(line) for line in output.splitlines()]

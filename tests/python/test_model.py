@@ -13,6 +13,7 @@ from stllava.demo.base import fresh_weights
 from stllava.errors import ConfigError, FormatError
 from stllava.generation import stream
 from stllava.model import LlavaModel
+from stllava.model.summary import short_count
 from stllava.tree import Sequence
 
 
@@ -235,3 +236,25 @@ def test_a_tower_adapter_needs_a_tower():
     model = LlavaModel(cfg, fresh_weights(cfg, 0))
     with pytest.raises(ConfigError, match="no linear module of the vit part"):
         model.add_lora(LoraConfig(r=2), "vit")
+
+
+def test_a_model_says_in_one_line_what_it_is():
+    model = tiny_model(vocab_size=32)
+    line = repr(model)
+    assert line.startswith("LlavaModel(") and "\n" not in line
+    n = sum(array.size for array in model.tensors().values())
+    assert f"parameters: {n / 1000:.3g} k, weights: f32, computes in: f32 on cpu, adapters: none, trainable: 0)" in line
+    fresh = model.add_lora(LoraConfig(r=4, lora_alpha=8))
+    model.set_trainable(fresh)
+    n_lora = model.theta.size
+    assert f"adapters: llm r=4, {n_lora / 1000:.3g} k, trainable: {n_lora / 1000:.3g} k)" in repr(model)
+    with model.disable_adapters():
+        assert "switched off" in repr(model) and "switched off" in model._repr_html_()
+    assert model._repr_html_().count("<tr>") == 2 and f"<td>{n_lora / 1000:.3g} k</td>" in model._repr_html_()
+    halves = LlavaModel(config(32), {name: array.astype(np.float16) for name, array in fresh_weights(config(32), 0).items()})
+    assert "weights: f16, computes in: f32" in repr(halves)
+
+
+@pytest.mark.parametrize(("n", "text"), [(7, "7"), (999, "999"), (1000, "1 k"), (965_124, "965 k"), (999_600, "1 M"), (7_241_732_096, "7.24 B")])
+def test_counts_are_short(n, text):
+    assert short_count(n) == text

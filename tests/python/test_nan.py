@@ -171,7 +171,7 @@ def test_skip(tmp_path, pictures, point):
     assert first["step"] == 1 and [row["step"] for row in left_out] == [2, 3]
     assert all(message in row["skipped"] and row["sample_ids"] and set(row["sample_ids"]) <= set(FIVE) for row in left_out)
     assert watch.state() == watch.before
-    saved = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["stllava"]
+    saved = json.loads((tmp_path / "out" / "checkpoint-3" / "run_state.json").read_text())
     assert (saved["n_updates"], saved["n_skipped"], saved["n_skipped_in_a_row"]) == (1, 2, 2)
 
 

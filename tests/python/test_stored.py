@@ -234,7 +234,7 @@ def test_merging_rounds_to_the_base_dtype_unless_told_otherwise(kind):
 def test_a_merged_weight_that_does_not_fit_f16_is_named():
     model = adapted(stored("f16"))
     model.core.bind(f"{UP}.lora_A.weight", np.full((4, 64), 1e6, np.float32))
-    with pytest.raises(NumericsError, match=f"{UP}.weight: .* do not fit f16; merge with dtype='bf16'"):
+    with pytest.raises(NumericsError, match=f"{UP}.weight: .* is too large for f16; choose another dtype: bf16"):
         model.merge_and_unload()
     assert count_nonfinite(model.merge_and_unload(dtype="bf16").tensors()[f"{UP}.weight"]) == 0
 

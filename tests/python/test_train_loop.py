@@ -272,11 +272,38 @@ def test_unwritable_output_directory(tmp_path, pictures):
         SFTTrainer(model, sft_args(tmp_path / "file" / "out"), sft_data(model, pictures)).train()
 
 
-@pytest.mark.parametrize("setting, value", [("learning_rate", -1), ("lr_scheduler_type", "polynomial"), ("per_device_train_batch_size", 0),
-                                            ("loss_reduction", "sum"), ("adam_beta2", 1.0), ("nan_policy", "ignore")])
+@pytest.mark.parametrize("setting, value", [("learning_rate", -1), ("lr_scheduler_type", "greedy"), ("per_device_train_batch_size", 0),
+                                            ("loss_reduction", "sum"), ("adam_beta2", 1.0), ("nan_policy", "ignore"), ("optim", "sgd"),
+                                            ("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0), ("push_to_hub", True), ("report_to", "comet_ml"),
+                                            ("save_steps", 0), ("early_stopping_patience", 0), ("logging_strategy", "best")])
 def test_settings_are_checked(setting, value):
     with pytest.raises(ConfigError, match=setting):
         SFTConfig("out", **{setting: value})
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"load_best_model_at_end": True}, "need evaluations"), ({"early_stopping_patience": 2}, "need evaluations"), ({"save_strategy": "best"}, "need eval"),
+    ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "epoch"}, "must be saved"),
+    ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 3, "eval_steps": 2}, "not a multiple"),
+    ({"evaluation_strategy": "epoch", "eval_strategy": "steps"}, "one setting"), ({"group_by_length": True, "group_by_modality_length": True}, "exclude")])
+def test_settings_that_contradict(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SFTConfig("out", **settings)
+
+
+def test_settings_that_follow_from_others():
+    """Rules of transformers.TrainingArguments.__post_init__."""
+    args = SFTConfig("out", evaluation_strategy="steps", save_strategy="steps", load_best_model_at_end=True, logging_steps=5, save_steps=10)
+    assert (args.eval_strategy, args.eval_steps, args.metric_for_best_model, args.greater_is_better) == ("steps", 5, "loss", False)
+    assert SFTConfig("out", metric_for_best_model="eval_accuracy").greater_is_better is True
+    assert [SFTConfig("out", hf_compat=version).loss_reduction for version in ("4.31", "latest")] == ["micro_mean", "token_mean"]
+    assert DPOConfig("out").loss_reduction == "micro_mean"
+    strategies = [SFTConfig("out", train_sampling_strategy=name) for name in ("random", "sequential", "group_by_length")]
+    assert [(args.shuffle, args.group_by_length) for args in strategies] == [(True, False), (False, False), (True, True)]
+    assert SFTConfig("out", report_to="all").report_to == ["tensorboard", "wandb"] and SFTConfig("out", report_to=["none"]).report_to == []
+    args = SFTConfig("out", warmup_steps=0.25, logging_steps=0.1, save_steps=7)
+    assert (args.n_warmup(10), args.steps_of("logging_steps", 95), args.steps_of("save_steps", 95)) == (3, 10, 7)
+    assert SFTConfig("out", warmup_ratio=0.03).n_warmup(101) == 4 and SFTConfig("out", warmup_ratio=0.03, warmup_steps=2).n_warmup(101) == 2
 
 
 def test_dpo_settings_are_checked():

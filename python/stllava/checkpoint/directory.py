@@ -113,11 +113,14 @@ def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vi
         base = path
     else:
         base = _find_base(path, model_base, has_adapters)
-    checkpoint = Checkpoint(_read_config(path, base))
+    config, is_replaced = _read_config(path, base)
+    checkpoint = Checkpoint(config)
     for file in read_weights(base):
         checkpoint.add(file, names.from_full)
     if base != path:
         _add_projector(checkpoint, path)
+    if is_replaced:
+        checkpoint.drop(names.TOWER, f"replaced by {config.mm_vision_tower}, with which {path} was trained")
     _add_tower(checkpoint, [path, base], vision_tower)
     check_shapes(checkpoint.config, shapes_of(checkpoint.tensors), checkpoint.sources, [path, base])
     if has_adapters:
@@ -140,21 +143,23 @@ def _find_base(path: Path, model_base: PathLike | None, has_adapters: bool) -> P
     return atomic.current(model_base)
 
 
-def _read_config(path: Path, base: Path) -> LlavaConfig:
-    """The checkpoint's own configuration, or its base's; where both exist they must describe the same decoder."""
+def _read_config(path: Path, base: Path) -> tuple[LlavaConfig, bool]:
+    """The checkpoint's own configuration, or its base's; where both exist they must describe the same decoder. And whether it names another tower."""
     own, other = path / CONFIG_FILE, base / CONFIG_FILE
     if not own.exists():
-        return _with_aspect(LlavaConfig.from_pretrained(other), base)
+        return _with_aspect(LlavaConfig.from_pretrained(other), base), False
     config = _with_aspect(LlavaConfig.from_pretrained(own), path)
+    is_replaced = False
     if other.exists() and other != own:
         base_config = LlavaConfig.from_pretrained(other)
         wanted = base_config.decoder_config()
         for key, value in config.decoder_config().items():
             if value != wanted[key]:
                 raise ConfigError(f"{own}: {key} is {value!r}, but the base's {other} has {wanted[key]!r}", path=own, field=key)
-        if config.vision is None and config.mm_vision_tower == base_config.mm_vision_tower:
+        is_replaced = config.mm_vision_tower != base_config.mm_vision_tower
+        if config.vision is None and not is_replaced:
             config = dataclasses.replace(config, vision=base_config.vision)
-    return config
+    return config, is_replaced
 
 
 def _with_aspect(config: LlavaConfig, directory: Path) -> LlavaConfig:

@@ -19,7 +19,8 @@ from stllava.checkpoint import gguf_container, gguf_mmproj, names
 from stllava.checkpoint.directory import Checkpoint, check_finite_values, check_shapes
 from stllava.checkpoint.gguf_container import GgufFile, Value
 from stllava.checkpoint.gguf_metadata import check_architecture, check_neutral, integer, number, refuse_other_keys
-from stllava.checkpoint.tensor_file import NUMPY_DTYPES, Deferred, Tensor, round_to
+from stllava.checkpoint.rounding import round_tensor, wide
+from stllava.checkpoint.tensor_file import NUMPY_DTYPES, Deferred, Tensor
 from stllava.config import LlavaConfig
 from stllava.errors import ConfigError, FormatError
 from stllava.limits import MAX_LAYERS, MAX_WIDTH
@@ -180,7 +181,8 @@ def write_gguf(path: PathLike, model: LlavaModel | Checkpoint, tokenizer: AnyTok
         mmproj: file of the tower, for a model that has one; its projector must be mlp2x_gelu on the patch features, the one kind that
             llama.cpp knows. Layers of the tower behind the feature layer are left out.
 
-    Raises ConfigError for a model that llama.cpp cannot run; OSError from the system, and then the file that was there before still stands.
+    Raises ConfigError for a model that llama.cpp cannot run, NumericsError for a value too large for f16; OSError from the system, and then the file
+    that was there before still stands.
     """
     if dtype not in _FILE_TYPES:
         raise ConfigError(f"dtype is {dtype!r}, supported: {', '.join(_FILE_TYPES)}", field="dtype")
@@ -221,10 +223,4 @@ def _stored(key: str, array: np.ndarray, config: LlavaConfig, dtype: Dtype) -> T
     """The tensor as the file holds it, made when it is written."""
     kind = "f32" if array.ndim == 1 else dtype
 
-    def make() -> np.ndarray:
-        values = round_to(reorder_rows(key, array, config, to_file=True), kind)
-        if kind == "f16" and np.isinf(values).any():
-            raise ConfigError(f"{key} has values beyond 65504, the largest of f16; choose dtype 'bf16' or 'f32'", field="dtype")
-        return values
-
-    return Deferred(NUMPY_DTYPES[kind], array.shape, make)
+    return Deferred(NUMPY_DTYPES[kind], array.shape, lambda: round_tensor(key, wide(reorder_rows(key, array, config, to_file=True)), kind))

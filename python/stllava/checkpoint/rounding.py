@@ -93,11 +93,23 @@ def _rounded(name: str, tensor: Tensor, dtype: str, errors: dict[str, RoundingEr
             flat[piece] = round_to(exact, dtype)
             if not error.add(exact, wide(flat[piece])):
                 _check_finite(name, values)
-                raise NumericsError(f"{name}: {np.abs(exact).max():g} is too large for {dtype}; choose another dtype: bf16 has the range of f32",
-                                    field=name)
+                raise _too_large(name, exact, dtype)
         return result
 
     return Deferred(NUMPY_DTYPES[dtype], tensor.shape, make)
+
+
+def round_tensor(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    """`values` (f32 or f64) in `dtype`; NaN and Inf stay what they are. Raises NumericsError, naming the tensor, if a finite one does not fit."""
+    result = values if dtype_name(values) == dtype else round_to(values, dtype)
+    if count_nonfinite(result) != count_nonfinite(values):
+        raise _too_large(name, values, dtype)
+    return result
+
+
+def _too_large(name: str, values: np.ndarray, dtype: str) -> NumericsError:
+    largest = np.max(np.abs(values), where=np.isfinite(values), initial=0)
+    return NumericsError(f"{name}: {largest:g} is too large for {dtype}; choose another dtype: bf16 has the range of f32", field=name)
 
 
 def _check_finite(name: str, values: np.ndarray) -> None:

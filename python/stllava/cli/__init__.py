@@ -1,6 +1,7 @@
 """`stllava VERB ...`: one verb per step. Settings are the fields of the configuration classes, so each exists once.
 
     parser     the grammar, and mistakes in one line       flags   flags made from fields; which model
+    check      check-data
     train      sft, dpo        selftrain   ask, answer, judge, pairs        evaluate   eval
     use        chat, generate  checkpoint  inspect, merge, convert          house      doctor, demo, demo-base
     data       data describe, convert, split, sample, merge
@@ -14,14 +15,14 @@ from collections.abc import Sequence
 from stllava.checkpoint.lock import LockedError
 from stllava.errors import NumericsError, StllavaError
 
-from . import checkpoint, data, evaluate, house, selftrain, train, use
+from . import check, checkpoint, data, evaluate, house, selftrain, train, use
 from .flags import Verbs
 from .parser import WRONG, Parser, parse
 
 __all__ = ["VERBS", "main"]
 
 USE = "Research use only: not a medical device, not for diagnosis or treatment."
-VERBS: Verbs = {**house.VERBS, **train.VERBS, **selftrain.VERBS, **evaluate.VERBS, **use.VERBS, **checkpoint.VERBS, **data.VERBS}
+VERBS: Verbs = {**house.VERBS, **check.VERBS, **train.VERBS, **selftrain.VERBS, **evaluate.VERBS, **use.VERBS, **checkpoint.VERBS, **data.VERBS}
 MISTAKES = (StllavaError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in parsers.keys() & words:  # flags come from classes whose modules need not be imported for another verb
         VERBS[name][0](parsers[name])
     args = parse(parser, parsers, words)
+    args.words = words
     try:
         return VERBS[args.verb][1](args) or 0
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from .flags import Verbs
 
 if TYPE_CHECKING:
     from stllava.data.formats import Loaded
+    from stllava.data.image_store import ImageStore
 
 __all__ = ["VERBS"]
 
@@ -161,6 +162,7 @@ class _Output:
         self.folder = Path(args.image_folder) if args.image_folder is not None else out.parent / "images"
         self.sources: list[str] = []
         self.n_images = 0
+        self._store: ImageStore | None = None
 
     def read(self, path: str) -> Loaded:
         from stllava.data.formats import load
@@ -193,9 +195,9 @@ class _Output:
         self.n_images += 1
 
     def _bytes_of(self, name: str) -> bytes:
-        from stllava.limits import MAX_IMAGE_BYTES
-        from stllava.paths import inside, read_regular
-        return read_regular(inside(self.folder, name), MAX_IMAGE_BYTES)
+        from stllava.data.image_store import ImageStore
+        self._store = self._store or ImageStore(self.folder)
+        return self._store.read(name)
 
 
 def _report(loaded: Loaded, written: int | dict[str, int], out: _Output) -> None:

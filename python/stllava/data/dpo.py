@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -20,7 +20,10 @@ from .formats import images_of, neutral, why_not
 from .formats.layouts import layout_of
 from .record_images import RecordImages
 from .records import check_records, read_records
-from .sft import sequence_of, text_budget
+from .sft import n_words, sequence_of, text_budget
+
+if TYPE_CHECKING:
+    from stllava.model import LlavaModel
 
 __all__ = ["DPODataset", "normalise_pair"]
 
@@ -55,6 +58,11 @@ class DPODataset:
         self.records = read_records(data, "train")
         self.rows, self.problems = check_records(self.records, self._check, on_bad_sample, data if isinstance(data, (str, Path)) else "data")
 
+    @classmethod
+    def for_model(cls, model: LlavaModel, data: str | Path | Iterable[dict[str, Any]], **options: Any) -> Self:
+        """With the tokenizer, the image processor and the rows per image of `model`; the other arguments are those above."""
+        return cls(data, model.tokenizer, model.image_processor, tokens_per_image=model.core.tokens_per_image, **options)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -70,6 +78,18 @@ class DPODataset:
     def ids(self, item: int) -> list[object]:
         """What messages call the pair: its "id", else its row."""
         return [self.records[self.rows[item]].get("id", self.rows[item])]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """LLaVA's, of both answers with their prompts (spec D7): words of each pair, negative where it has no picture."""
+        records = [self.records[row] for row in self.rows]
+        return [sum(n_words(record[side]) for side in _SIDES) * (1 if images_of(record) else -1) for record in records]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each pair, and the rows of its pictures, which both answers share."""
+        n_images = [len(images_of(self.records[row])) for row in self.rows]
+        return [abs(words) + n * self.tokens_per_image for words, n in zip(self.modality_lengths, n_images, strict=True)]
 
     def _sample(self, record: dict[str, Any], side: str) -> Sample:
         n_images = len(images_of(record))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from stllava.errors import FormatError
+from stllava.image_source import split_choice
 
 from .formats.load import next_name
 from .formats.messages import images_of
@@ -46,10 +47,10 @@ def sample_key(record: Mapping[str, Any]) -> str:
 
 
 def image_keys(record: Mapping[str, Any]) -> list[str]:
-    """The files that a record shows, one spelling for each; images inside it by a digest."""
+    """The files that a record shows, one spelling for each, slices of a volume as one; images inside it by a digest."""
     def key(image: Any) -> str:
         if isinstance(image, str):
-            return f"image {posixpath.normpath(image)}"
+            return f"image {posixpath.normpath(split_choice(image)[0])}"
         data = image.get("bytes") if isinstance(image, Mapping) else None
         return "image " + hashlib.sha256(data if isinstance(data, bytes) else str(image).encode()).hexdigest()
 

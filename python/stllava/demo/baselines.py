@@ -18,6 +18,7 @@ import numpy as np
 
 from stllava.evaluate import VqaItem, evaluate_vqa
 from stllava.evaluate.answers import answer_questions
+from stllava.evaluate.baselines import other_images
 from stllava.model import LlavaModel
 
 from .questions import CLOSED, OPEN, parse
@@ -88,12 +89,3 @@ def no_image_answers(model: LlavaModel, items: Seq[Mapping[str, Any]]) -> dict[s
     first = {item["conversations"][0]["value"]: item for item in items}
     answers = answer_greedily(model, list(first.values()), lambda _: grey, "no image")
     return {item["id"]: answers[first[item["conversations"][0]["value"]]["id"]] for item in items}
-
-
-def other_images(images: Seq[str], seed: int) -> dict[str, str]:
-    """Image -> another one: a derangement, one cycle through all of them in random order. Needs two or more different names."""
-    names = sorted(set(images))
-    if len(names) < 2:
-        raise ValueError(f"cannot give {len(names)} image another one; the test set needs at least two")
-    order = np.random.Generator(np.random.Philox(key=[seed, 0x5AFF1E])).permutation(len(names))
-    return {names[a]: names[b] for a, b in zip(order, np.roll(order, 1), strict=True)}

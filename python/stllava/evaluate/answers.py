@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stllava.feature_cache import FeatureCache
     from stllava.model import LlavaModel
 
-__all__ = ["KNOWN_FIELDS", "Question", "answer_questions", "read_questions"]
+__all__ = ["KNOWN_FIELDS", "Question", "answer_questions", "question_text", "read_questions"]
 
 KNOWN_FIELDS = frozenset({"question_id", "id", "image", "text", "conversations", "conversatons"})
 """What is read of a question record; everything else in it is left alone."""
@@ -57,7 +57,7 @@ def read_questions(records: Iterable[Mapping[str, Any]], source: object = "quest
             return "without id", f"no question_id (or id) that is a text or an integer, found fields {sorted(record)}"
         if counts[str(name)] > 1 and first[str(name)] != row:
             return "duplicate", f"question_id {name!r} is that of row {first[str(name)]} too; answers could not be told apart"
-        if not isinstance(_text(record), str):
+        if not isinstance(question_text(record), str):
             return "without question", f"no text, and no conversations whose first turn has a value, found fields {sorted(record)}"
         if image is not None and not isinstance(image, str):
             return "image", f"image is a {type(image).__name__}, want the name of a file, or nothing"
@@ -68,11 +68,12 @@ def read_questions(records: Iterable[Mapping[str, Any]], source: object = "quest
     if problems:
         raise DataError(f"{source}: {len(problems)} of {len(rows)} questions cannot be answered:\n" +
                         "\n".join(f"  row {p.row}: {p.text}" for p in problems[:SHOWN]) + ("\n  ..." if len(problems) > SHOWN else ""), problems)
-    return [Question(row["question_id" if "question_id" in row else "id"], row.get("image"), _text(row).replace(DEFAULT_IMAGE_TOKEN, "").strip())
-            for row in rows]
+    return [Question(row["question_id" if "question_id" in row else "id"], row.get("image"),
+                     question_text(row).replace(DEFAULT_IMAGE_TOKEN, "").strip()) for row in rows]
 
 
-def _text(record: Mapping[str, Any]) -> Any:
+def question_text(record: Mapping[str, Any]) -> Any:
+    """What a record asks, as it stands there; None where it has no question."""
     if "text" in record:
         return record["text"]
     turns = record.get("conversations", record.get("conversatons"))
@@ -81,7 +82,8 @@ def _text(record: Mapping[str, Any]) -> Any:
 
 def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | Question], image_of: Callable[[str], Any], *, template: str = "v1",
                      batch_size: int = 32, out: str | Path | None = None, progress: bool = True, label: str = "answer", model_id: str = "",
-                     seed: int = 0, feature_cache: FeatureCache | None = None, **settings: Any) -> list[dict[str, Any]]:
+                     seed: int = 0, feature_cache: FeatureCache | None = None, metadata: Mapping[str, Any] | None = None,
+                     **settings: Any) -> list[dict[str, Any]]:
     """Answers question records.
 
     Args:
@@ -90,6 +92,7 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
         batch_size: questions answered together. Those of one image stay together where they are no more than this, and then the image, and the rows
             that their prompts begin with, are computed once.
         seed: a question's draws depend on this and its id. feature_cache: as for `generate`. settings: fields of `DecodingSettings`.
+        metadata: what every answer carries under that name, such as a digest of the run; an answer in `out` with another is another run's.
 
     Returns:
         ``{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`` per question, in order. answer_id is a digest of the rest.
@@ -97,7 +100,7 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
     Raises:
         DataError: see `read_questions`. FormatError: an unreadable picture, or `out` holds something else, as answers of another model.
     """
-    chosen, how = as_template(template), DecodingSettings(**settings)
+    chosen, how, extra = as_template(template), DecodingSettings(**settings), dict(metadata or {})
     given = list(questions)
     items = [item for item in given if isinstance(item, Question)]
     if len(items) < len(given):
@@ -112,13 +115,16 @@ def answer_questions(model: LlavaModel, questions: Iterable[Mapping[str, Any] | 
                          seeds=[item_seed(seed, "question", item.id) for item in batch], feature_cache=feature_cache)
         for item, [answer] in zip(batch, found, strict=True):
             digest = hashlib.blake2b("\x1f".join((model_id, str(item.id), item.text, answer.text)).encode(), digest_size=11).hexdigest()
-            yield {"question_id": item.id, "prompt": item.text, "text": answer.text, "answer_id": digest, "model_id": model_id, "metadata": {}}
+            yield {"question_id": item.id, "prompt": item.text, "text": answer.text, "answer_id": digest, "model_id": model_id, "metadata": extra}
 
     def check(item: Question, row: dict[str, Any]) -> None:
         for field, wanted in (("prompt", item.text), ("model_id", model_id)):
             if row.get(field) != wanted:
                 raise FormatError(f"{out}: the answer to question {item.id!r} has the {field} {str(row.get(field))[:80]!r}, but now it is "
                                   f"{wanted[:80]!r}; to answer anew, name another file", field=field)
+        if extra and row.get("metadata") != extra:
+            raise FormatError(f"{out}: the answer to question {item.id!r} is that of a run with another model, other pictures or settings (metadata "
+                              f"{str(row.get('metadata'))[:80]}, now {str(extra)[:80]}); to answer anew, name another file", field="metadata")
 
     return run_step(items, lambda item: item.id, work, out=out, batch_size=batch_size, label=label, progress=progress, field="question_id",
                     check=check, group=lambda item: ("image", item.image) if item.image is not None else ("text", item.id))

@@ -1,13 +1,12 @@
-"""What an evaluation returns, how it is printed, and what may be concluded from it."""
+"""What an evaluation returns, and how it is printed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -62,6 +61,10 @@ class VqaReport:
         """Everything, ready for JSON."""
         return {"variant": self.variant, "percent": self.percent, **dataclasses.asdict(self)}
 
+    def _repr_html_(self) -> str:
+        from stllava.evaluate.render.notebook import report_html
+        return report_html(self)
+
 
 def report_table(report: VqaReport, title: str = "") -> Table:
     """The report as a rich table: the variant as title, metrics in per cent, and how many items they are made of."""
@@ -83,27 +86,3 @@ def report_table(report: VqaReport, title: str = "") -> Table:
 def print_report(report: VqaReport, title: str = "", console: Console | None = None) -> None:
     """Print `report_table` to `console`, default the terminal."""
     (console or Console()).print(report_table(report, title))
-
-
-def paired_bootstrap(a: Sequence[float], b: Sequence[float], n: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of a - b over items, with the 95 % percentile interval of `n` resamplings of the items.
-
-    a, b: values of the same items for two models, (n_items). With b all zero it is the interval of a's own mean. An
-    interval that contains 0 means that this test set does not tell the models apart. Source: Efron & Tibshirani 1993,
-    chapter 13. Raises ValueError for empty, unequal or non-finite input.
-    """
-    if len(a) != len(b) or len(a) == 0 or n < 1:
-        raise ValueError(f"want two equally long lists, not empty, and n >= 1; got {len(a)} and {len(b)} values, n = {n}")
-    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    if not np.isfinite(differences).all():
-        raise ValueError("values are not finite; items that a metric leaves out have to be left out of both lists")
-    rng = np.random.default_rng(seed)
-    means = [differences[rng.integers(differences.size, size=differences.size)].mean() for _ in range(n)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(differences.mean()), float(low), float(high)
-
-
-def is_attainable(percent: float, n_items: int, decimals: int = 2) -> bool:
-    """Whether some k of `n_items` right answers gives `percent` when rounded: a check of reported accuracies."""
-    nearest = round(percent * n_items / 100)
-    return any(abs(100 * k / n_items - percent) <= 0.5000001 * 10**-decimals for k in (nearest - 1, nearest, nearest + 1))

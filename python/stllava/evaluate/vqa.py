@@ -88,12 +88,12 @@ def evaluate_vqa(
     normalised_candidates = _candidates(candidates)
     items, n_skipped = [], 0
     for item_id, item, prediction in zip(ids, references, answers, strict=True):
-        is_open = _is_open(item)
-        if is_open is None:
+        is_open_item = is_open(item)
+        if is_open_item is None:
             n_skipped += 1
             continue
-        reference = _answer(item_id, item)
-        items.append(_score(item_id, is_open, reference, prediction, metric_set, normalised_candidates))
+        reference = answer_of(item_id, item)
+        items.append(_score(item_id, is_open_item, reference, prediction, metric_set, normalised_candidates))
     table = _STRICT_TABLE if metric_set == "strict" else _COMPAT_TABLES[closed]
     return VqaReport(
         metric_set=metric_set,
@@ -137,20 +137,22 @@ def _join(ids: list[str], predictions: Iterable[Mapping[str, Any]], unmatched: s
         if found:
             raise FormatError(
                 f"predictions do not match the {len(ids)} references: {', '.join(found)} ids; "
-                "unmatched='wrong' counts such items as wrong",
+                "unmatched='wrong' (--unmatched wrong) counts such items as wrong",
                 field="question_id",
             )
     return [texts[i][0] if len(texts.get(i, ())) == 1 else None for i in ids], len(surplus)
 
 
-def _is_open(item: Mapping[str, Any]) -> bool | None:
+def is_open(item: Mapping[str, Any]) -> bool | None:
+    """Whether an item's answer type is open or closed; None: neither, and evaluations skip it."""
     answer_type = str(item.get("answer_type", "")).strip().casefold()
     if answer_type in _OPEN_TYPES:
         return True
     return False if answer_type in _CLOSED_TYPES else None
 
 
-def _answer(item_id: Any, item: Mapping[str, Any]) -> str:
+def answer_of(item_id: Any, item: Mapping[str, Any]) -> str:
+    """The reference answer of an item, which `item_id` names in errors. Raises FormatError."""
     turns = item.get("conversations", item.get("conversatons"))
     if turns is not None and len(turns) > 1 and "value" in turns[1]:
         return str(turns[1]["value"])

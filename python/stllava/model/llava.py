@@ -25,10 +25,11 @@ from stllava.checkpoint.atomic import atomic_directory, current
 from stllava.checkpoint.hf_processor import image_token, picture_settings, write_processor
 from stllava.checkpoint.index import Format
 from stllava.checkpoint.peft import LoraConfig
-from stllava.checkpoint.tensor_file import count_nonfinite, dtype_name, round_to, row_norms, to_float32
+from stllava.checkpoint.rounding import round_tensor
+from stllava.checkpoint.tensor_file import dtype_name, row_norms, to_float32
 from stllava.config import LlavaConfig
 from stllava.config_hf import padded, with_image_token
-from stllava.errors import ConfigError, FormatError, NumericsError
+from stllava.errors import ConfigError, FormatError
 from stllava.images import ImageProcessor, Picture
 from stllava.text.interface import AnyTokenizer, has_tokenizer, load_tokenizer
 from stllava.tree import Sequence, TreeBatch, build_trees
@@ -72,6 +73,14 @@ class LlavaModel:
         self._bind(tensors)
         self.run = stllava_c.Run(self.core)
 
+    def __repr__(self) -> str:
+        from .summary import model_line
+        return model_line(self)
+
+    def _repr_html_(self) -> str:
+        from .summary import model_html
+        return model_html(self)
+
     # ---- loading and saving ------------------------------------------------------------------------------------------
 
     @classmethod
@@ -96,8 +105,14 @@ class LlavaModel:
             warnings.warn(note, stacklevel=2)
         where = next((p for p in (path, model_base) if p is not None and has_tokenizer(p)), None)
         tower = next((Path(p) for p in (path, vision_tower, model_base) if p is not None and picture_settings(p) is not None), None)
-        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=None if where is None else load_tokenizer(where),
-                    image_processor=cls._processor(found.config, tower))
+        return cls.from_checkpoint(found, dtype=dtype, tokenizer=None if where is None else load_tokenizer(where),
+                                   image_processor=cls._processor(found.config, tower))
+
+    @classmethod
+    def from_checkpoint(cls, found: directory.Checkpoint, *, dtype: Dtype = "f32", tokenizer: AnyTokenizer | None = None,
+                        image_processor: ImageProcessor | None = None) -> Self:
+        """The model of a checkpoint in memory, its adapters attached. Raises FormatError."""
+        model = cls(found.config, found.tensors, dtype=dtype, tokenizer=tokenizer, image_processor=image_processor)
         for part, lora_config in zip(("llm", "vit"), found.lora_configs, strict=True):
             if lora_config is not None:
                 model.attach_lora(lora_config, {n: t for n, t in found.lora.items() if names.is_tower(n) == (part == "vit")}, part)
@@ -141,8 +156,11 @@ class LlavaModel:
             self.write_files(temporary, format=format, shard_size=shard_size, layout=layout)
 
     def write_files(self, directory_: str | os.PathLike[str], *, format: Format = "safetensors", shard_size: int = 5 * 10**9,
-                    layout: directory.Layout = "llava") -> None:
-        """The files of `save_pretrained` into an existing directory, for those who add their own."""
+                    layout: directory.Layout = "llava", repeat_vit_lora: bool = False) -> None:
+        """The files of `save_pretrained` into an existing directory, for those who add their own.
+
+        repeat_vit_lora: the decoder's adapter file repeats the tower's adapter, as the original's does.
+        """
         if self.lora and layout != "llava":
             raise ConfigError(f"layout {layout!r} is of full weights, but the model has adapters; merge_and_unload() them first", field="layout")
         config = self.config if layout != "hf" else with_image_token(self.config, None if self._tokenizer is None else image_token(self._tokenizer))
@@ -151,16 +169,20 @@ class LlavaModel:
             directory.write_adapter(directory_, self.config, {n: t for n, t in lora.items() if not names.is_tower(n)},
                                     {n: t for n, t in lora.items() if names.is_tower(n)},
                                     {n: t for n, t in self.tensors().items() if names.is_projector(n)},
-                                    (llm, self.lora.get("vit")), format=format,
+                                    (llm, self.lora.get("vit")), format=format, compat=repeat_vit_lora,
                                     saved={n: t for n, t in self.tensors().items() if llm is not None and llm.saves(n)})
         else:
             directory.write_full(directory_, config, self.tensors(), shard_size=shard_size, format=format, layout=layout)
+        self.write_processors(directory_)
+        if layout == "hf":
+            write_processor(directory_, padded(config))
+
+    def write_processors(self, directory_: str | os.PathLike[str]) -> None:
+        """The files of tokenizer and image processor, where the model has them, into an existing directory."""
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(directory_)
         if self._image_processor is not None:
             self._image_processor.save_pretrained(directory_)
-        if layout == "hf":
-            write_processor(directory_, padded(config))
 
     def _bind(self, tensors: Mapping[str, np.ndarray]) -> None:
         wanted = self.tensor_infos()
@@ -360,10 +382,7 @@ class LlavaModel:
         for module in {names.lora_module(name) for name in self.lora_tensors()}:
             name = f"{module}.weight"
             weight = self.core.effective_weight(module).reshape(merged[name].shape)
-            kind = dtype or dtype_name(merged[name])
-            merged[name] = weight if kind == self.dtype else round_to(weight, kind)
-            if (n := count_nonfinite(merged[name])) and not count_nonfinite(weight):
-                raise NumericsError(f"{name}: {n} merged values do not fit {kind}; merge with dtype='bf16' or {self.dtype!r}", field=name)
+            merged[name] = round_tensor(name, weight, dtype or dtype_name(merged[name]))
         return type(self)(self.config, merged, dtype=self.dtype, tokenizer=self._tokenizer, image_processor=self._image_processor)
 
     # ---- computing ---------------------------------------------------------------------------------------------------
@@ -407,7 +426,7 @@ class LlavaModel:
         pixels = self.pixels(images)
         return self.run.encode(pixels, adapters=self.adapters_enabled).reshape(len(pixels), self.core.tokens_per_image, -1)
 
-    def score(self, prompt: str, answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
+    def score(self, prompt: str | Seq[int], answers: Seq[str], images: Seq[Picture] = ()) -> NDArray[np.float64]:
         """Summed log-probability of each answer after the prompt, (len(answers),) float64; the prompt is computed once."""
         from stllava.generation import score
         return score(self, prompt, answers, images)

@@ -6,8 +6,10 @@ Two ways in. `tokenizer_image_token` takes a finished string, as LLaVA does, and
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, overload
 
 import numpy as np
@@ -71,11 +73,17 @@ def encode_segments(
     after_special = False
 
     def flush() -> None:
-        owners = [segment for segment in run for _ in segment.text]
-        if owners:
-            ids, begins = tokenizer.encode_piecewise("".join(segment.text for segment in run), after_special)
-            for token_id, begin in zip(ids, begins, strict=True):
-                encoded.append(token_id, owners[begin].target, owners[begin].turn)
+        text = "".join(segment.text for segment in run)
+        if text:
+            ids, begins = tokenizer.encode_piecewise(text, after_special)
+            encoded.ids += ids
+            first = 0
+            ends = accumulate(len(segment.text) for segment in run)
+            for segment, end in zip(run, ends, strict=True):
+                last = bisect_left(begins, end, first)
+                encoded.target += [segment.target] * (last - first)
+                encoded.turn += [segment.turn] * (last - first)
+                first = last
         run.clear()
 
     for segment in segments:

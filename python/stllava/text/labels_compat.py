@@ -37,7 +37,7 @@ class _Text:
         return len(tokenizer_image_token(part, self.tokenizer) if self.has_image else self.tokenizer.encode(part))
 
     def count_non_pad(self, ids: Sequence[int]) -> int:
-        return sum(i != self.tokenizer.pad_token_id for i in ids)
+        return len(ids) - ids.count(self.tokenizer.pad_token_id)
 
 
 def preprocess_compat(

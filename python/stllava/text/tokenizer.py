@@ -7,9 +7,11 @@ prefix there ("</s>b" -> "▁b"), the others drop it ("</s>b" -> "b"). Source: `
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +107,11 @@ class Tokenizer:
         """
         if not self.legacy:
             text = text.replace(_UNDERLINE, " ")
-        pieces: list[str] = self._sp.encode(text, out_type=str)
-        ids = [self._sp.piece_to_id(piece) for piece in pieces]
+        ids: list[int] = self._sp.encode(text, out_type=int)
+        if self.unk_token_id in ids:  # then only the library knows which characters it stands for
+            pieces: list[str] = self._sp.encode(text, out_type=str)
+        else:
+            pieces = [self._pieces[i] for i in ids]
         begins = self._begins(text, pieces, ids)
         if not self.legacy and after_special and not text.startswith(" ") and pieces[0].startswith(_UNDERLINE):
             rest = pieces[0][1:]
@@ -114,17 +119,30 @@ class Tokenizer:
             begins[:1] = [0] if rest else []
         return ids, begins
 
+    @functools.cached_property
+    def _pieces(self) -> list[str]:
+        return [self._sp.id_to_piece(i) for i in range(self._sp.vocab_size())]
+
+    @functools.cached_property
+    def _bytes(self) -> frozenset[int]:
+        """Ids that stand for one byte."""
+        return frozenset(i for i in range(self._sp.vocab_size()) if self._sp.is_byte(i))
+
     def _begins(self, text: str, pieces: Sequence[str], ids: Sequence[int]) -> list[int]:
         # Pieces spell "▁" + text. Counted here because the library's own offsets changed interface between versions.
         begins, position = [], -1
-        for piece, i in zip(pieces, ids, strict=True):
-            if self._sp.is_byte(i):
-                continues_character = 0x80 <= int(piece[3:5], 16) < 0xC0
-                begins.append(max(position - continues_character, 0))
-                position += not continues_character
-            else:
-                begins.append(max(position, 0))
-                position += len(piece)
+        if self._bytes.isdisjoint(ids):
+            *begins, position = accumulate(map(len, pieces), initial=position)
+            begins[:1] = [0] if begins else []
+        else:
+            for piece, i in zip(pieces, ids, strict=True):
+                if i in self._bytes:
+                    continues_character = 0x80 <= int(piece[3:5], 16) < 0xC0
+                    begins.append(max(position - continues_character, 0))
+                    position += not continues_character
+                else:
+                    begins.append(max(position, 0))
+                    position += len(piece)
         if pieces and position != len(text):
             raise ConfigError(
                 f"the tokenizer rewrites text ({text!r} became {''.join(pieces)!r}), so labels cannot be placed; "

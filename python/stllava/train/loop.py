@@ -12,18 +12,20 @@ from typing import Any, ClassVar
 
 from stllava.checkpoint import atomic
 from stllava.checkpoint.lock import run_lock
-from stllava.errors import NumericsError
+from stllava.errors import ConfigError, NumericsError
 from stllava.model import LlavaModel
 from stllava.progress import progress_bar
 
 from .arguments import TrainingArguments
-from .callbacks import TrainerCallback, TrainerControl, TrainerState
+from .callbacks import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, is_better, metric_of
 from .groups import default_trainable, parameter_groups
 from .guard import TrainingGuard
 from .numerics import explained
-from .plan import Plan
-from .state import find_checkpoint, resume_checkpoint, rotate, save_checkpoint
+from .output import write_model
+from .plan import Grouping, Plan
+from .state import STATE_FILE, find_checkpoint, load_weights, resume_checkpoint, rotate, save_checkpoint, state_json
 from .terminate import Terminated, noticing_sigterm
+from .trackers import trackers
 from .update import Micro, Objective, Updater
 
 __all__ = ["Trainer", "TrainOutput"]
@@ -38,6 +40,10 @@ class TrainOutput:
     training_loss: float
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:
+        from stllava.model.summary import html_table
+        return html_table([{"global_step": str(self.global_step), **{name: f"{value:.4g}" for name, value in self.metrics.items()}}])
+
 
 class Trainer:
     """Trains a model on a data set. Subclasses say what the loss is (`make_objective`).
@@ -46,7 +52,7 @@ class Trainer:
         model: adapters attached where wanted; `trainable` names what trains (default: every adapter and the projector, or all tensors
             of a model without adapters).
         args: settings; `train_dataset`, `eval_dataset`: what the objective asks for.
-        callbacks: `TrainerCallback`s.
+        callbacks: `TrainerCallback`s, beside those that `args.report_to` and `args.early_stopping_patience` ask for.
         compute_metrics: called with the trainer after each evaluation; its dictionary joins the logged one.
 
     Raises:
@@ -56,16 +62,21 @@ class Trainer:
     Config: ClassVar[type[TrainingArguments]] = TrainingArguments
 
     def __init__(self, model: LlavaModel, args: TrainingArguments, train_dataset: Any, eval_dataset: Any = None, *,
-                 trainable: Seq[str] | None = None, callbacks: Seq[TrainerCallback] = (),
+                 trainable: Seq[str] | None = None, callbacks: Seq[TrainerCallback | type[TrainerCallback]] = (),
                  compute_metrics: Callable[[Trainer], dict[str, float]] | None = None) -> None:
         if not isinstance(args, self.Config):
             raise TypeError(f"{type(self).__name__} needs {self.Config.__name__}, got {type(args).__name__}")
         self.model, self.args = model, args
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self.callbacks = list(callbacks)
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError(f"eval_strategy is {args.eval_strategy!r}, but there is no eval_dataset", field="eval_strategy")
+        self.callbacks: list[TrainerCallback] = []
+        for callback in (*callbacks, *trackers(args)):
+            self.add_callback(callback)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         self.compute_metrics = compute_metrics
-        self.plan = Plan(len(train_dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_train_epochs,
-                         args.max_steps, args.seed if args.data_seed is None else args.data_seed, args.hf_compat, args.shuffle)
+        self.plan = _plan(args, train_dataset)
         self.groups = parameter_groups(model, list(trainable) if trainable is not None else default_trainable(model), args)
         if args.gradient_checkpointing:
             core = model.config.core_config()
@@ -80,6 +91,10 @@ class Trainer:
 
     def before_training(self) -> None:
         """What an objective needs once, before the first update."""
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """A class is called without arguments."""
+        self.callbacks.append(callback() if isinstance(callback, type) else callback)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -101,11 +116,12 @@ class Trainer:
     def _train(self, resume: str | bool | None, terminated: Callable[[], bool]) -> TrainOutput:
         args, state, started = self.args, self.state, time.monotonic()
         output_dir = Path(args.output_dir)
+        self.control = TrainerControl()
         atomic.recover(output_dir)
         self.before_training()
         if found := find_checkpoint(output_dir, resume):
             state = self.state = resume_checkpoint(found, self.updater, self.plan)
-            rotate(found, args.save_total_limit)  # what ended the run before may have kept it from this
+            rotate(found, args.save_total_limit, state.best_model_checkpoint)  # what ended the run before may have kept it from this
         log_file = output_dir / "log.jsonl"
         atomic.write_bytes(log_file, "".join(_line(row) for row in state.log_history).encode())  # rows after the checkpoint go
         first = state.global_step
@@ -115,6 +131,9 @@ class Trainer:
         with progress_bar(self.plan.total_steps, label=type(self).__name__.removesuffix("Trainer"), unit="step", done=first,
                           show=not args.disable_tqdm) as bar, atomic.appending(log_file) as log:
             for step, micros in self._updates(first):
+                if step % self.plan.steps_per_epoch == 0:
+                    self._call("on_epoch_begin")
+                self._call("on_step_begin")
                 entry = self._update(step, micros, guard, log)
                 n_items += sum(len(micro.items) for micro in micros)
                 state.global_step, state.epoch = step + 1, round(self.plan.epoch_of(step + 1), 4)
@@ -123,8 +142,6 @@ class Trainer:
                     state.window.append(entry)
                     state.total_loss += entry["loss"]
                     bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-                if state.window and (state.global_step % args.logging_steps == 0 or state.global_step == self.plan.total_steps):
-                    self._log(log)
                 self._after_step(log)
                 if self.control.should_training_stop or terminated():
                     break
@@ -134,6 +151,9 @@ class Trainer:
         updates = self.updater.n_updates
         if self.updater.groups.order:
             guard.at_end(updates)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and not stopped:
+            load_weights(Path(state.best_model_checkpoint), self.updater)
+        self.save_state()
         self._call("on_train_end")
         if stopped:
             raise Terminated(checkpoint)
@@ -184,7 +204,10 @@ class Trainer:
         last = window[-1]
         entry = {key: sum(row[key] for row in window) / len(window) for key in last
                  if key not in ("micro_batch_losses", "lr_groups", "learning_rate")}
-        entry |= {"learning_rate": last["learning_rate"], "epoch": self.state.epoch, "step": self.state.global_step}
+        rate = last["learning_rate"]
+        if self.args.hf_compat == "4.31":  # which logs the rate of the next update (spec D63)
+            rate = self.groups.base_lr[0] * self.updater.schedule(self.state.global_step)
+        entry |= {"learning_rate": rate, "epoch": self.state.epoch, "step": self.state.global_step}
         self._record(entry, log)
         self._call("on_log", logs=entry)
 
@@ -192,21 +215,40 @@ class Trainer:
         self.state.log_history.append(entry)
         log.write(_line(entry))
 
+    def _due(self, strategy: str, steps: str) -> bool:
+        if strategy == "epoch":
+            return self.state.global_step % self.plan.steps_per_epoch == 0
+        return strategy == "steps" and self.state.global_step % self.args.steps_of(steps, self.plan.total_steps) == 0
+
     def _after_step(self, log: Any) -> None:
-        args, state = self.args, self.state
-        self.control.should_save = _due(args.save_strategy, args.save_steps, state.global_step, self.plan.steps_per_epoch)
-        self.control.should_evaluate = self.eval_dataset is not None and _due(
-            args.eval_strategy, args.eval_steps or args.logging_steps, state.global_step, self.plan.steps_per_epoch)
+        args, state, control = self.args, self.state, self.control
+        is_end = state.global_step == self.plan.total_steps or (args.logging_first_step and state.global_step == 1)
+        control.should_log = is_end or self._due(args.logging_strategy, "logging_steps")
+        control.should_save = self._due(args.save_strategy, "save_steps")
+        control.should_evaluate = self._due(args.eval_strategy, "eval_steps")
         self._call("on_step_end")
-        if self.control.should_evaluate:
+        if state.global_step % self.plan.steps_per_epoch == 0:
+            self._call("on_epoch_end")
+        if control.should_log and state.window:
+            self._log(log)
+        if control.should_evaluate:
             metrics = self.evaluate()
-            self._record({**metrics, "epoch": state.epoch, "step": state.global_step}, log)
-        if self.control.should_save:
+            entry = {**metrics, "epoch": state.epoch, "step": state.global_step}
+            self._record(entry, log)
+            self._call("on_log", logs=entry)
+            if args.metric_for_best_model is not None and is_better(args, value := metric_of(args, metrics), state.best_metric):
+                state.best_metric, state.best_global_step = value, state.global_step
+                control.should_save |= args.save_strategy == "best"
+        if control.should_save:
             self._save()
 
     def _save(self) -> Path:
-        checkpoint = save_checkpoint(Path(self.args.output_dir), self.updater, self.state, self.plan)
-        rotate(checkpoint, self.args.save_total_limit)
+        state, output_dir = self.state, Path(self.args.output_dir)
+        best = output_dir / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step == state.global_step or best.is_dir():
+            state.best_model_checkpoint = str(best)
+        checkpoint = save_checkpoint(output_dir, self.updater, state, self.plan)
+        rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
         self._call("on_save")
         return checkpoint
 
@@ -237,16 +279,21 @@ class Trainer:
         return metrics
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """The model as `LlavaModel.save_pretrained` writes it."""
-        with run_lock(atomic.make_directory(output_dir or self.args.output_dir)) as target:
-            self.model.save_pretrained(target)
+        """The model's files, as the original's scripts leave them (see `train.output`)."""
+        with run_lock(atomic.make_directory(output_dir or self.args.output_dir)) as target, atomic.atomic_directory(target) as temporary:
+            write_model(temporary, self.model, self.args)
+
+    def save_state(self) -> None:
+        """trainer_state.json in the output directory, with transformers' fields; `train` does it at its end."""
+        atomic.write_bytes(Path(self.args.output_dir) / STATE_FILE, state_json(self.state, self.args, self.plan).encode())
+
+
+def _plan(args: TrainingArguments, dataset: Any) -> Plan:
+    grouping: Grouping = "length" if args.group_by_length else "modality_length" if args.group_by_modality_length else ""
+    lengths = getattr(dataset, "lengths" if grouping == "length" else "modality_lengths", None) if grouping else None
+    return Plan(len(dataset), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.num_train_epochs, args.max_steps,
+                args.seed if args.data_seed is None else args.data_seed, args.hf_compat, args.shuffle, args.dataloader_drop_last, grouping, lengths)
 
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True) + "\n"
-
-
-def _due(strategy: str, every: int, step: int, steps_per_epoch: int) -> bool:
-    if strategy == "no":
-        return False
-    return step % (every if strategy == "steps" else steps_per_epoch) == 0

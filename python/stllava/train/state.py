@@ -1,8 +1,9 @@
 """Checkpoints of a run: complete or not there at all.
 
-    checkpoint-{step}/   the model as `save_pretrained` writes it (adapters, projector, tower adapters, configuration, tokenizer)
+    checkpoint-{step}/   the model's files (see `output`: adapters, projector, tower adapters, configuration, tokenizer)
                          trainer.safetensors   trainable tensors and both moments, by name: independent of how many processes saved them
-                         trainer_state.json    transformers' fields, and under "stllava" what resuming must agree with
+                         trainer_state.json    transformers' fields; its TrainerState.load_from_json reads them
+                         run_state.json        what resuming must agree with, and counters that transformers has no field for
                          manifest.json         sha256 of every file, written last
 
 Updates are a function of (settings, step), so the data cursor is the step number and no generator state exists.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ import numpy as np
 from stllava.checkpoint import atomic, safetensors_file
 from stllava.errors import ConfigError, FormatError
 
+from .arguments import TrainingArguments
 from .callbacks import TrainerState
+from .output import write_model
 from .plan import Plan
 from .update import Updater
 
-__all__ = ["save_checkpoint", "resume_checkpoint", "find_checkpoint", "rotate"]
+__all__ = ["STATE_FILE", "find_checkpoint", "load_weights", "resume_checkpoint", "rotate", "save_checkpoint", "state_json"]
 
 STATE_FILE = "trainer_state.json"
+RUN_FILE = "run_state.json"
 TENSOR_FILE = "trainer.safetensors"
 
 
@@ -38,10 +41,26 @@ def save_checkpoint(directory: Path, updater: Updater, state: TrainerState, plan
     infos = model.tensor_infos()
     tensors = {key: flat[where].reshape(infos[name].shape) for key, name, flat, where in _pieces(updater)}
     with atomic.atomic_directory(target) as temporary:
-        model.write_files(temporary)
+        write_model(temporary, model, updater.args)
         safetensors_file.write(temporary / TENSOR_FILE, tensors)
-        atomic.write_bytes(temporary / STATE_FILE, state_json(state, updater, plan).encode())
+        atomic.write_bytes(temporary / STATE_FILE, state_json(state, updater.args, plan).encode())
+        ours = {name: getattr(updater, name) for name in _COUNTERS} | {name: getattr(state, name) for name in _OWN}
+        atomic.write_bytes(temporary / RUN_FILE, _json(_agreed(updater, plan) | ours).encode())
     return target
+
+
+_STATE = ("max_steps", "global_step", "epoch", "num_train_epochs", "log_history", "best_metric", "best_model_checkpoint")
+_OWN = ("best_global_step", "window", "total_loss")  # of TrainerState, but no fields of transformers' 4.31
+_COUNTERS = ("n_updates", "n_skipped", "n_skipped_in_a_row")
+
+
+def _agreed(updater: Updater, plan: Plan) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one before."""
+    return {"plan": plan.settings(), "dtype": updater.model.dtype, "trainable": updater.groups.order}
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 def _pieces(updater: Updater) -> Iterator[tuple[str, str, np.ndarray, slice]]:
@@ -52,15 +71,16 @@ def _pieces(updater: Updater) -> Iterator[tuple[str, str, np.ndarray, slice]]:
             yield f"{label}.{name}", name, flat, where
 
 
-def state_json(state: TrainerState, updater: Updater, plan: Plan) -> str:
-    ours = {"plan": asdict(plan), "n_updates": updater.n_updates, "n_skipped": updater.n_skipped,
-            "n_skipped_in_a_row": updater.n_skipped_in_a_row, "dtype": updater.model.dtype,
-            "trainable": updater.groups.order, "window": state.window, "total_loss": state.total_loss}
-    fields = {"best_metric": state.best_metric, "best_model_checkpoint": None, "epoch": state.epoch, "global_step": state.global_step,
-              "is_hyper_param_search": False, "is_local_process_zero": True, "is_world_process_zero": True, "log_history": state.log_history,
-              "max_steps": state.max_steps, "num_train_epochs": state.num_train_epochs, "total_flos": 0, "trial_name": None, "trial_params": None,
-              "stllava": ours}
-    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+def state_json(state: TrainerState, args: TrainingArguments, plan: Plan) -> str:
+    """trainer_state.json with exactly the fields that the transformers of `hf_compat` takes."""
+    fields: dict[str, Any] = {name: getattr(state, name) for name in _STATE}
+    fields |= {"is_hyper_param_search": False, "is_local_process_zero": True, "is_world_process_zero": True, "total_flos": 0, "trial_name": None,
+               "trial_params": None}
+    if args.hf_compat != "4.31":
+        fields |= {name: args.steps_of(name, plan.total_steps) for name in ("logging_steps", "eval_steps", "save_steps")}
+        fields |= {"best_global_step": state.best_global_step, "train_batch_size": args.per_device_train_batch_size, "num_input_tokens_seen": 0,
+                   "stateful_callbacks": {}}
+    return _json(fields)
 
 
 def find_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | None:
@@ -79,28 +99,40 @@ def find_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | None:
 def resume_checkpoint(path: Path, updater: Updater, plan: Plan) -> TrainerState:
     """Puts weights, moments and counters back. Raises FormatError (damaged files) or ConfigError (another run's checkpoint)."""
     atomic.verify(path)
-    fields: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
-    ours = fields["stllava"]
-    for key, mine in (("plan", asdict(plan)), ("dtype", updater.model.dtype), ("trainable", updater.groups.order)):
+    fields, ours = (json.loads((path / name).read_text()) for name in (STATE_FILE, RUN_FILE))
+    for key, mine in _agreed(updater, plan).items():
         if ours[key] != mine:
             detail = "" if key == "trainable" else f": saved {ours[key]}, now {mine}"
             raise ConfigError(f"{path}: {key} differs from this run's{detail}; resume with the settings the run was started with", field=key)
     tensors = safetensors_file.read(path / TENSOR_FILE)
     for key, _, flat, where in _pieces(updater):
         flat[where] = np.asarray(tensors[key]).reshape(-1)
-    updater.n_updates, updater.n_skipped, updater.n_skipped_in_a_row = ours["n_updates"], ours["n_skipped"], ours["n_skipped_in_a_row"]
-    return TrainerState(max_steps=fields["max_steps"], global_step=fields["global_step"], epoch=fields["epoch"],
-                        num_train_epochs=fields["num_train_epochs"], log_history=fields["log_history"], best_metric=fields["best_metric"],
-                        window=ours["window"], total_loss=ours["total_loss"])
+    for name in _COUNTERS:
+        setattr(updater, name, ours[name])
+    return TrainerState(**{name: fields[name] for name in _STATE}, **{name: ours[name] for name in _OWN})
 
 
-def rotate(newest: Path, keep: int | None) -> None:
-    """Deletes the oldest checkpoints before `newest`, which is complete, so that `keep` are left with it. Later ones are of another run and stay."""
+def load_weights(path: Path, updater: Updater) -> None:
+    """Puts the weights of a checkpoint of this run back, and nothing else. Raises FormatError."""
+    atomic.verify(path)
+    tensors = safetensors_file.read(path / TENSOR_FILE)
+    theta = updater.model.theta
+    for name, where in updater.model.trainable_slices().items():
+        theta[where] = np.asarray(tensors[f"param.{name}"]).reshape(-1)
+
+
+def rotate(newest: Path, keep: int | None, best: str | None = None) -> None:
+    """Deletes the oldest checkpoints before `newest`, which is complete, so that `keep` are left with it. Later ones are of another run and stay.
+
+    `best` stays too; it is among the `keep` if those are more than one.
+    """
     if keep is None:
         return
     last = _step(newest)
     older = sorted((p for p in newest.parent.glob("checkpoint-*") if p.is_dir() and 0 <= _step(p) < last), key=_step)
-    for old in older[:max(0, len(older) + 1 - keep)]:
+    others = [p for p in older if best is None or p.name != Path(best).name]
+    n_kept = max(0, keep - 1 - (len(older) - len(others)))
+    for old in others[:len(others) - n_kept] if n_kept < len(others) else ():
         atomic.remove_directory(old)
 
 

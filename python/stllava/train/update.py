@@ -17,6 +17,7 @@ from stllava.tree import TreeBatch
 from .arguments import TrainingArguments
 from .groups import ParameterGroups
 from .numerics import all_finite, bad_tensors, explained, failure, shown
+from .schedule import Schedule
 
 __all__ = ["Micro", "Objective", "Updater"]
 
@@ -52,19 +53,15 @@ class Updater:
 
     def __init__(self, model: LlavaModel, groups: ParameterGroups, objective: Objective, args: TrainingArguments, total_steps: int) -> None:
         self.model, self.groups, self.objective, self.args = model, groups, objective, args
-        self.total_steps = total_steps
-        self.warmup_steps = args.warmup_steps or math.ceil(total_steps * args.warmup_ratio)
+        options = args.lr_scheduler_kwargs
+        assert not isinstance(options, str)  # `TrainingArguments` has read it
+        self.schedule = Schedule(args.lr_scheduler_type, total_steps, args.n_warmup(total_steps), args.learning_rate, floor=args.min_lr_ratio,
+                                 options=options)
         self.exp_avg = np.zeros(model.core.n_trainable, NUMPY_DTYPE[model.dtype])
         self.exp_avg_sq = np.zeros_like(self.exp_avg)
         self.n_updates = 0  # that reached the optimiser: AdamW's t
         self.n_skipped = 0
         self.n_skipped_in_a_row = 0
-
-    def multiplier(self, step: int) -> float:
-        """The schedule at update `step`; the first update of a warm-up has rate 0, as in transformers."""
-        kind = self.args.lr_scheduler_type
-        warmup = 0 if kind == "constant" else self.warmup_steps
-        return stllava_c.schedule(kind.removesuffix("_with_warmup"), step, warmup, self.total_steps, floor=self.args.min_lr_ratio)
 
     def gradients(self, step: int, micros: list[Micro]) -> dict[str, Any]:
         """Forward and backward of every micro-batch; the model's gradient buffer then holds the update's gradient."""
@@ -79,7 +76,7 @@ class Updater:
 
     def apply(self, step: int, micros: Seq[Micro] = ()) -> dict[str, Any]:
         """Clips and steps. A gradient, moment or rate that is not finite raises NumericsError, which names `micros`, and changes nothing."""
-        multiplier = self.multiplier(step)
+        multiplier = self.schedule(step)
         ranges = self.groups.ranges(multiplier)
         norm, clip, problem = self._check(ranges)
         if problem:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stllava.errors import ConfigError, FormatError
-from stllava.limits import MAX_DATA_BYTES, MAX_IMAGE_BYTES
+from stllava.image_source import byte_limit
+from stllava.limits import MAX_DATA_BYTES
 from stllava.paths import read_head
 
 __all__ = ["encode_parquet", "pyarrow", "read_parquet"]
@@ -68,8 +69,8 @@ def _image(value: Any, path: str | Path) -> Any:
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
         if value.get("bytes") is None:
             return value.get("path")
-        if len(value["bytes"]) > MAX_IMAGE_BYTES:
-            raise FormatError(f"{path}: an image of {len(value['bytes'])} bytes, limit {MAX_IMAGE_BYTES}", path=path)
+        if len(value["bytes"]) > (limit := byte_limit(value["bytes"])):
+            raise FormatError(f"{path}: an image of {len(value['bytes'])} bytes, limit {limit}", path=path)
         return {"bytes": value["bytes"], "path": value.get("path")}
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from stllava.checkpoint.atomic import make_directory, write_bytes
 from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.data.problems import SHOWN, DataError, Problem
 from stllava.errors import FormatError
+from stllava.image_source import split_choice, suffix_of
 
 from .layouts import Kind
 from .messages import images_of, messages_of, with_images
@@ -20,7 +22,8 @@ from .vqa import item_of_conversation, item_of_question
 __all__ = ["TARGETS", "convert_records", "embed_images", "encode_rows", "extract_images", "write_rows"]
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"BM": "bmp", b"GIF8": "gif", b"II*\0": "tif", b"MM\0*": "tif", b"RIFF": "webp"}
+_MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"II*\0": ".tif", b"MM\0*": ".tif", b"RIFF": ".webp"}
+_SUFFIX = r"(\.nii)?\.[a-z0-9]{1,8}"
 
 Row = dict[str, Any]
 
@@ -150,16 +153,15 @@ def extract_images(folder: Path, wrote: Callable[[], None] = lambda: None) -> Ca
         if not isinstance(image, Mapping) or not isinstance(image.get("bytes"), bytes):
             return image
         data = image["bytes"]
-        own = Path(str(image.get("path") or "")).suffix.lower().lstrip(".")
-        own = own if own.isalnum() and own.isascii() and len(own) < 8 else "bin"
-        kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), own)
-        name = f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
+        own, choice = split_choice(str(image.get("path") or ""))
+        suffix = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), suffix_of(own))
+        name = f"{hashlib.sha256(data).hexdigest()[:32]}{suffix if re.fullmatch(_SUFFIX, suffix) else '.bin'}"
         if name not in written:
             make_directory(folder)
             write_bytes(folder / name, data, durable=False)
             written.add(name)
             wrote()
-        return name
+        return f"{name}#{choice}" if choice else name
 
     return lambda record: map_images(record, name_of)
 

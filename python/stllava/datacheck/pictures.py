@@ -1,0 +1,260 @@
+"""What the image files say about themselves: each is opened once, its header read, and with `deep` its pixels.
+
+A file whose end mark is missing is decoded in any case: that is the sign of a copy that was cut off, and only decoding tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from stllava.errors import FormatError
+from stllava.images import FORMATS, ImageError, Source, load_image
+from stllava.limits import MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PX
+from stllava.paths import inside
+
+from .hashes import Print, fingerprint
+from .kinds import Found
+
+__all__ = ["Picture", "PictureRules", "digests", "key_of", "probe_all", "thumbnail"]
+
+_FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF"}
+_END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_TAIL = 4096  # bytes at the end in which the mark must be; some programs append a little of their own
+_ORIENTATION = 0x0112
+_PLAIN_MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
+_PNG_DEPTH_AT = 24
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PictureRules:
+    """deep: decode every file. prints: fingerprints for near duplicates. min_side in pixels, max_aspect = longer side / shorter."""
+
+    deep: bool = False
+    prints: bool = False
+    min_side: int = 16
+    max_aspect: float = 8.0
+
+
+@dataclass(slots=True)
+class Picture:
+    """One image of the data.
+
+    key: equal for equal images, see `key_of`. name: what people call it. source: what `load_image` takes; None where there is nothing to read.
+    place: where it lies, the same for the same file. size: (width, height) as stored.
+    """
+
+    key: Hashable
+    name: str
+    source: Source | None = None
+    place: str = ""
+    n_bytes: int = 0
+    format: str = ""
+    size: tuple[int, int] | None = None
+    print: Print | None = None
+    found: list[Found] = field(default_factory=list)
+
+
+def key_of(image: Any) -> Hashable | None:
+    """A name itself, the digest of an image inside its record; None for what is no image at all."""
+    if isinstance(image, str):
+        return image
+    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
+        return "embedded", hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
+    return None
+
+
+def probe_all(folder: Path, images: Mapping[Hashable, Any], rules: PictureRules, tick: Callable[[int], object],
+              threads: int | None = None) -> list[Picture]:
+    """One `Picture` for each image by its key, in their order. tick: called with the number of pictures done since."""
+    with _silent_pillow(), ThreadPoolExecutor(threads or min(8, 2 * (os.cpu_count() or 1))) as pool:
+        pictures = []
+        for picture in pool.map(lambda key: probe(folder, key, images[key], rules), images):
+            pictures.append(picture)
+            tick(1)
+    return pictures
+
+
+def probe(folder: Path, key: Hashable, image: Any, rules: PictureRules) -> Picture:
+    if not isinstance(image, str):
+        picture = Picture(key, "an image inside its record", image["bytes"], str(key), len(image["bytes"]))
+        _look(picture, rules)
+        return picture
+    picture = Picture(key, image)
+    try:
+        path = inside(folder, image)
+        status = os.stat(path)
+    except FormatError as error:
+        picture.found.append(("image_name", re.sub("link to .*; want", "link that leads out; want", str(error).partition(": ")[2])))
+    except (FileNotFoundError, NotADirectoryError):
+        picture.found.append(("image_missing", "no such file"))
+    except OSError as error:
+        picture.found.append(("image_damaged", f"cannot be read: {error.strerror or error}"))
+    else:
+        if not stat.S_ISREG(status.st_mode):
+            picture.found.append(("image_damaged", "not a regular file"))
+        else:
+            picture.source, picture.place, picture.n_bytes = path, str(path.resolve()), status.st_size
+            _look(picture, rules)
+    return picture
+
+
+def content(picture: Picture) -> BinaryIO:
+    """The file, or what stands for it. Raises OSError."""
+    if isinstance(picture.source, bytes):
+        return io.BytesIO(picture.source)
+    assert isinstance(picture.source, Path)
+    return open(os.open(picture.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def _look(picture: Picture, rules: PictureRules) -> None:
+    if not picture.n_bytes:
+        picture.found.append(("image_empty", "0 bytes"))
+        return
+    if picture.n_bytes > MAX_IMAGE_BYTES:
+        picture.found.append(("image_limit", f"{picture.n_bytes} bytes, limit {MAX_IMAGE_BYTES}"))
+        return
+    try:
+        with content(picture) as file, Image.open(file, formats=FORMATS) as image:
+            header = list(_header_findings(image, file, picture, rules))
+            decode = rules.deep or _is_cut(file, picture)
+            if rules.prints and not decode:
+                image.draft("L", (64, 64))
+                picture.print = fingerprint(image)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        picture.found.append(("image_damaged", f"not one of {', '.join(FORMATS)}, or damaged in the header"))
+    except Exception as error:  # noqa: BLE001 - Pillow's readers raise a dozen types for damaged files
+        picture.found.append(("image_damaged", f"cannot be read: {_without_place(error, picture)}"))
+    else:
+        picture.found += header
+        if decode and not any(kind == "image_limit" for kind, _ in header):
+            _decode(picture, rules)
+
+
+def _decode(picture: Picture, rules: PictureRules) -> None:
+    assert picture.source is not None
+    try:
+        rgb = load_image(picture.source).rgb
+    except ImageError as error:
+        picture.found.append(("image_damaged", _without_place(error, picture)))
+        return
+    if rules.deep and (rgb == rgb[0, 0]).all():
+        picture.found.append(("image_blank", f"all {rgb.shape[1]}x{rgb.shape[0]} pixels are {tuple(map(int, rgb[0, 0]))}"))
+    if rules.prints:
+        picture.print = fingerprint(Image.fromarray(rgb))
+
+
+def _header_findings(image: Image.Image, file: BinaryIO, picture: Picture, rules: PictureRules) -> Iterator[Found]:
+    picture.format, picture.size = "JPEG" if image.format == "MPO" else image.format or "", image.size
+    width, height = image.size
+    expected = _FORMAT_OF.get(PurePosixPath(picture.name).suffix.lower())
+    if expected not in (None, picture.format):
+        yield "image_extension", f"the content is {picture.format}"
+    if not (width <= MAX_SIDE_PX and height <= MAX_SIDE_PX and width * height <= MAX_PIXELS):
+        yield "image_limit", f"{width}x{height} pixels, the limits are {MAX_SIDE_PX} a side and {MAX_PIXELS} in all"
+    elif min(width, height) < rules.min_side or max(width, height) > rules.max_aspect * min(width, height):
+        yield "image_size", f"{width}x{height} pixels"
+    orientation = _orientation(image)
+    if orientation != 1:
+        yield "image_rotated", f"EXIF orientation {orientation}"
+    if image.mode.startswith(("I", "F")) or (picture.format == "PNG" and _byte_at(file, _PNG_DEPTH_AT) == 16):
+        yield "image_16bit", f"mode {image.mode}"
+    elif image.mode not in _PLAIN_MODES:
+        yield "image_colours", f"mode {image.mode}"
+    if image.has_transparency_data:
+        yield "image_alpha", f"mode {image.mode}"
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        yield "image_frames", f"{getattr(image, 'n_frames', 1)} frames"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - the block is a TIFF file of its own, with as many ways to be damaged
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _byte_at(file: BinaryIO, place: int) -> int:
+    before = file.tell()
+    file.seek(place)
+    value = (file.read(1) or b"\0")[0]
+    file.seek(before)
+    return value
+
+
+def _is_cut(file: BinaryIO, picture: Picture) -> bool:
+    mark = _END_MARK.get(picture.format)
+    if mark is None:
+        return False
+    before = file.tell()
+    file.seek(max(picture.n_bytes - _TAIL, 0))
+    tail = file.read()
+    file.seek(before)
+    return mark not in tail
+
+
+def _without_place(error: Exception, picture: Picture) -> str:
+    name = str(picture.source) if isinstance(picture.source, Path) else "picture in memory"
+    return str(error).removeprefix(f"{name}: ") or repr(error)
+
+
+@contextmanager
+def _silent_pillow() -> Iterator[None]:
+    """Pillow's warnings about side data; changing the filters is the process's affair, so once around all threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def digests(pictures: Iterable[Picture]) -> dict[str, bytes]:
+    """Place -> hash of the content, of those pictures whose size in bytes another one has too: all others cannot be equal to any."""
+    by_size: dict[int, dict[str, Picture]] = {}
+    for picture in pictures:
+        if picture.place and picture.n_bytes:
+            by_size.setdefault(picture.n_bytes, {})[picture.place] = picture
+    found = {}
+    for group in by_size.values():
+        for picture in group.values() if len(group) > 1 else ():
+            with suppress(OSError):  # reported as unreadable
+                found[picture.place] = _digest(picture)
+    return found
+
+
+def _digest(picture: Picture) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
+    with content(picture) as file:
+        while block := file.read(_BLOCK):
+            state.update(block)
+    return state.digest()
+
+
+def thumbnail(picture: Picture, side: int = 96) -> bytes | None:
+    """A small JPEG of the picture as training reads it; None where it cannot be read."""
+    if picture.source is None:
+        return None
+    try:
+        image = Image.fromarray(load_image(picture.source).rgb)
+    except (ImageError, MemoryError):
+        return None
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80)
+    return buffer.getvalue()
