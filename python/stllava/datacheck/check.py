@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from stllava.conversation import Conversation, as_template
 from stllava.data.formats import images_of
+from stllava.data.image_store import ImageStore
 from stllava.data.records import read_records
 from stllava.errors import FormatError
 from stllava.progress import progress_bar
@@ -221,7 +222,7 @@ class _Check:
 
     def _probe(self, folder: Path, images: dict[Hashable, Any], label: str) -> list[Picture]:
         with self._bar(len(images), label, "image") as bar:
-            return probe_all(folder, images, self.settings.pictures, bar.update)
+            return probe_all(ImageStore(folder), images, self.settings.pictures, bar.update)
 
     def _add_picture(self, picture: Picture, kind: str, text: str) -> None:
         """Once for each picture, at the first row that shows it."""
