@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -19,7 +19,10 @@ from .formats import images_of, why_not
 from .record_images import RecordImages
 from .records import Problem, check_records, read_records
 
-__all__ = ["SFTDataset", "n_words", "sequence_of", "text_budget"]
+if TYPE_CHECKING:
+    from stllava.model import LlavaModel
+
+__all__ = ["SFTDataset", "n_words", "self_asked", "sequence_of", "text_budget"]
 
 
 def text_budget(max_length: int | None, n_images: int, tokens_per_image: int) -> int | None:
@@ -60,6 +63,11 @@ class SFTDataset:
         rows, self.problems = check_records(self.records, self._check, on_bad_sample, data if isinstance(data, (str, Path)) else "data")
         self.items = self._by_image(rows) if group_by_image else [[row] for row in rows]
 
+    @classmethod
+    def for_model(cls, model: LlavaModel, data: str | Path | Iterable[dict[str, Any]], **options: Any) -> Self:
+        """With the tokenizer, the image processor and the rows per image of `model`; the other arguments are those above."""
+        return cls(data, model.tokenizer, model.image_processor, tokens_per_image=model.core.tokens_per_image, **options)
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -91,11 +99,8 @@ class SFTDataset:
         record = self.records[row]
         turns: list[dict[str, Any]] = record["conversations"]  # a list, or `_check` had left the record out
         n_images = len(images_of(record))
-        switched = draw_switches(len(turns), self.sq_r, self.seed, epoch, record.get("id", row)) if n_images else set()
-        if n_images > 1:  # the model asks itself, but it does not show itself pictures
-            lead = len(turns) % 2
-            switched = {turn for turn in switched if DEFAULT_IMAGE_TOKEN not in str(turns[turn + lead])}
-        return build_sample(turns, self.template, self.tokenizer, has_image=n_images > 0, n_images=n_images, switched=switched,
+        return build_sample(turns, self.template, self.tokenizer, has_image=n_images > 0, n_images=n_images,
+                            switched=self_asked(record, row, self.sq_r, self.seed, epoch),
                             max_length=text_budget(self.max_length, n_images, self.tokens_per_image))
 
     def _check(self, row: int, record: dict[str, Any]) -> tuple[str, str] | None:
@@ -120,6 +125,16 @@ class SFTDataset:
         for row in rows:
             groups.setdefault(self._images.keys(self.records[row]) or ("text", row), []).append(row)
         return list(groups.values())
+
+
+def self_asked(record: Mapping[str, Any], row: int, sq_r: float, seed: int, epoch: int) -> set[int]:
+    """The questions that the model asks itself in an epoch, for `build_sample`; none without an image."""
+    turns, n_images = record["conversations"], len(images_of(record))
+    switched = draw_switches(len(turns), sq_r, seed, epoch, record.get("id", row)) if n_images else set()
+    if n_images > 1:  # the model asks itself, but it does not show itself pictures
+        lead = len(turns) % 2
+        switched = {turn for turn in switched if DEFAULT_IMAGE_TOKEN not in str(turns[turn + lead])}
+    return switched
 
 
 def n_words(turns: Iterable[dict[str, Any]]) -> int:

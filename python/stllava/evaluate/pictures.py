@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stllava.data.image_store import ImageStore
 from stllava.errors import FormatError
-
-if TYPE_CHECKING:
-    from stllava.image_source import FileSource
+from stllava.image_source import FileSource, shown_name
 
 __all__ = ["ItemPictures"]
 
@@ -24,7 +22,8 @@ class ItemPictures:
     """
 
     def __init__(self, items: Sequence[Mapping[str, Any]], folder: str | Path | None) -> None:
-        self._store, self._has_folder = ImageStore(folder), folder is not None
+        self.folder = None if folder is None else Path(folder)
+        self._store = ImageStore(folder)
         self._held: dict[str, Mapping[str, Any]] = {}
         self.items = [self._named(item) for item in items]
         self.names = list(dict.fromkeys(name for item in self.items if isinstance(name := item.get("image"), str)))
@@ -36,13 +35,15 @@ class ItemPictures:
     def require(self) -> None:
         """All are there: hours of answers should not end at a missing file. Raises FormatError listing those that are not."""
         files = [name for name in self.names if name not in self._held]
-        if files and not self._has_folder:
-            raise FormatError(f"{len(files)} pictures are files, the first {files[0]!r}; give --image_folder")
-        missing = [name for name in files if not self._store.exists(name)]
+        if files and self.folder is None:
+            raise FormatError(f"{len(files)} pictures are files, the first {shown_name(files[0])!r}; give --image_folder")
+        for name in files:
+            self._store.source(name)  # refuses what leads out of the folder
+        missing = [shown_name(name) for name in files if not self._store.exists(name)]
         if missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-            raise FormatError(f"{self._store.folder}: {len(missing)} of {len(files)} pictures are missing: {shown}; is --image_folder right?",
-                              path=self._store.folder)
+            raise FormatError(f"{self.folder}: {len(missing)} of {len(files)} pictures are missing: {shown}; is --image_folder right?",
+                              path=self.folder)
 
     def digest(self) -> str:
         """SHA-256 of the names and the content of all of them, in the order of the items."""
