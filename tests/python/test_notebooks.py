@@ -93,7 +93,7 @@ def test_a_loss_plot_is_a_small_picture_of_all_steps():
     assert len(html) < 20_000
     first, second = ElementTree.fromstring(f"<div>{html}</div>")
     lines = [line.get("points").split() for line in first.iter("{http://www.w3.org/2000/svg}polyline")]
-    assert [len(line) for line in lines] == [400, 400] and len(second) == 8
+    assert [len(line) for line in lines] == [400, 400] and len(first) == len(second) == 9
     for x, y in (map(float, point.split(",")) for line in lines for point in line):
         assert 0 <= x <= 460 and 0 <= y <= 170
     assert "no finite value" in LossPlot_of([(1, float("nan"))])
