@@ -16,7 +16,7 @@ Every pytest run loads this file where stllava is installed, so it imports nothi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +63,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     _wanted(item)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
     """All thresholds first, then what the test itself asserts."""
     thresholds = [vqa for vqa in _wanted(item) if vqa.metric is not None]
     missed = [text for vqa in thresholds if (text := _evaluations(item.config).missed(vqa)) is not None]
     if missed:
         pytest.fail("\n\n".join(missed), pytrace=False)
-    yield
 
 
 def _wanted(item: pytest.Item) -> list[Vqa]:
