@@ -11,6 +11,7 @@ help:
 	@echo "make notebooks   runs the notebooks and stores what they show"
 	@echo "make demo-base   trains the demo's base model anew"
 	@echo "make test        every test; the C tests run under sanitizers, from pytest         (ARGS='-k name': part of pytest)"
+	@echo "make test-torch  the tests of the torch adapter, in an environment with torch, transformers and trl  (STLLAVA_PEERS=PYTHON: another)"
 	@echo "make test-long   the exhaustive forms: every fault, thousands of damaged files, fuzzing"
 	@echo "make fuzz        every parser under a coverage-guided search                       (SECONDS=60: each so long)"
 	@echo "make bench       benchmarks against torch + peft, OpenBLAS           (ARGS=sft: rows with that in their id; STLLAVA_PEERS=PYTHON: where torch is)"
@@ -47,6 +48,17 @@ test: install
 test-long: install
 	$(BIN)/python -m pytest -q --long $(ARGS)
 	$(MAKE) asan ARGS="$(ARGS)"
+
+# torch and what drives it live in an environment of their own, as peers do; one that STLLAVA_PEERS names must have pytest too.
+TORCH := build/torch
+test-torch: install $(if $(STLLAVA_PEERS),,$(TORCH)/installed)
+	PYTHONPATH=python:. $(or $(STLLAVA_PEERS),$(TORCH)/bin/python) -m pytest -q tests/torch_adapter tests/python/test_script_names.py $(ARGS)
+
+$(TORCH)/installed: pyproject.toml
+	@test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel "numpy>=2.0" scipy-openblas32
+	$(TORCH)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test-torch]"
+	@touch $@
 
 # Peers live in an environment of their own: never a dependency.
 PEERS := build/peers
@@ -96,4 +108,4 @@ tsan:
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info stllava_c/libs stllava_c/_core*.so
 
-.PHONY: help install demo notebooks demo-base test test-long fuzz bench lint format asan tsan clean
+.PHONY: help install demo notebooks demo-base test test-torch test-long fuzz bench lint format asan tsan clean

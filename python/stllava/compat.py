@@ -21,7 +21,7 @@ from stllava.images import ImageProcessor, Picture
 from stllava.model import LlavaModel
 from stllava.text.interface import AnyTokenizer
 
-__all__ = ["ScriptConfig", "ScriptImageProcessor", "ScriptModel", "ScriptTokenizer", "Tensors", "as_array", "as_tensors", "import_torch"]
+__all__ = ["Entries", "ScriptConfig", "ScriptImageProcessor", "ScriptModel", "ScriptTokenizer", "Tensors", "as_array", "as_tensors", "import_torch"]
 
 Tensors: TypeAlias = Literal["np", "pt"]
 
@@ -70,7 +70,7 @@ def as_array(values: Any) -> np.ndarray:
 # ---- what scripts ask ----------------------------------------------------------------------------------------------------------------
 
 
-class _Answers(dict[str, Any]):
+class Entries(dict[str, Any]):
     """A dictionary whose entries are attributes too, as transformers' BatchEncoding and BatchFeature."""
 
     def __getattr__(self, name: str) -> Any:
@@ -113,7 +113,7 @@ class ScriptTokenizer(_Coat):
         return self.ours.vocab_size
 
     def __call__(self, text: str | Seq[str], *, return_tensors: str | None = None, add_special_tokens: bool = True,
-                 padding: bool | str = False) -> _Answers:
+                 padding: bool | str = False) -> Entries:
         """`input_ids` and `attention_mask`: lists of one text or of several, or arrays (n, longest) with `return_tensors`."""
         texts = [text] if isinstance(text, str) else list(text)
         ids = [self.ours.encode(t, add_bos=add_special_tokens) for t in texts]
@@ -125,9 +125,9 @@ class ScriptTokenizer(_Coat):
             ids = [row + [self.ours.pad_token_id] * (longest - len(row)) for row in ids]
             mask = [row + [0] * (longest - len(row)) for row in mask]
         if return_tensors is not None:
-            return _Answers(input_ids=as_tensors(np.array(ids, np.int64), return_tensors),
+            return Entries(input_ids=as_tensors(np.array(ids, np.int64), return_tensors),
                             attention_mask=as_tensors(np.array(mask, np.int64), return_tensors))
-        return _Answers(input_ids=ids[0], attention_mask=mask[0]) if isinstance(text, str) else _Answers(input_ids=ids, attention_mask=mask)
+        return Entries(input_ids=ids[0], attention_mask=mask[0]) if isinstance(text, str) else Entries(input_ids=ids, attention_mask=mask)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         return self.ours.decode(as_array(token_ids).reshape(-1).tolist(), skip_special_tokens)
@@ -169,10 +169,10 @@ class ScriptImageProcessor(_Coat):
         self.image_mean, self.image_std = list(ours.image_mean), list(ours.image_std)
         self.size, self.crop_size = {"shortest_edge": ours.size}, {"height": ours.size, "width": ours.size}
 
-    def preprocess(self, images: Picture | Seq[Picture], return_tensors: str | None = None) -> _Answers:
+    def preprocess(self, images: Picture | Seq[Picture], return_tensors: str | None = None) -> Entries:
         """`pixel_values`: float32 (n, 3, size, size), also for a single image; a list of (3, size, size) without `return_tensors`."""
         pixels = self.ours.preprocess_many(list(images) if isinstance(images, (list, tuple)) else [images])  # type: ignore[list-item]
-        return _Answers(pixel_values=list(pixels) if return_tensors is None else as_tensors(pixels, return_tensors))
+        return Entries(pixel_values=list(pixels) if return_tensors is None else as_tensors(pixels, return_tensors))
 
     __call__ = preprocess
 

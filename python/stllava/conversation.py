@@ -342,7 +342,7 @@ def check_template(template: str | Conversation, tokenizer: AnyTokenizer) -> Non
         for after_special in (False, True) if special else (False,):
             tag_ids, _ = tokenizer.encode_piecewise(tag, after_special)
             ids, _ = tokenizer.encode_piecewise(f"{tag} Yes", after_special)
-            if ids[: len(tag_ids)] != tag_ids or tokenizer.unk_token_id in ids:
+            if ids[: len(tag_ids)] != tag_ids or tokenizer.unk_token_id in tag_ids:  # 'Yes' itself may be unknown
                 raise ConfigError(
                     f"template {template.name}: the tokenizer joins the tag {tag!r} with the words after it or does not "
                     f"know it; ids {tag_ids} alone, {ids} in front of 'Yes'"

@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
@@ -31,9 +31,9 @@ import stllava_c
 from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.hf_processor import picture_settings
 from stllava.checkpoint.strict_json import dump_object, read_object
-from stllava.errors import ConfigError, FormatError
-from stllava.limits import MAX_IMAGE_BYTES, MAX_JPEG_SCANS, MAX_NUMBER, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_PLAIN_PIXELS, MAX_PNG_TEXTS, MAX_SIDE_PX
-from stllava.paths import read_regular
+from stllava.errors import ConfigError
+from stllava.image_source import Content, FileSource, ImageError as ImageError, read_source
+from stllava.limits import MAX_JPEG_SCANS, MAX_NUMBER, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_PLAIN_PIXELS, MAX_PNG_TEXTS, MAX_SIDE_PX
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,13 +48,10 @@ _CORE_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"BM")
 _COSTLY = ((b"\xff\xd8", (b"\xff\xda",), MAX_JPEG_SCANS, "scans of a JPEG"),
            (b"\x89PNG", (b"zTXt", b"iTXt"), MAX_PNG_TEXTS, "compressed texts in a PNG"))
 _PNG_DEPTH_AT = 24  # byte offset of the bit depth
+_HEADERS_BYTES = 1 << 18  # the headers of most pictures
 
 Mode: TypeAlias = Literal["default", "compat"]
 Colour: TypeAlias = tuple[int, int, int]
-
-
-class ImageError(FormatError):
-    """A picture is missing, empty, damaged, truncated, too large or of an unknown kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +62,31 @@ class LoadedImage:
     notes: list[str]
 
 
-Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
+Source: TypeAlias = FileSource | Image.Image
 Picture: TypeAlias = Source | LoadedImage | np.ndarray
 """An array is uint8 (height, width, 3). `LlavaModel` also takes preprocessed ones, float (3, S, S)."""
 
 
 def load_image(source: Source, mode: Mode = "default", *, background: Colour = BACKGROUND) -> LoadedImage:
-    """Read one picture (path, file content, or an opened PIL image) as 8-bit RGB.
+    """Read one picture as 8-bit RGB.
+
+    source: a path, which may end in a choice of what is inside a medical file (`scan.dcm#frame=3`), the content of a file, a picture as `datasets`
+    stores it ({"bytes", "path"}), what `stllava.data.image_store.ImageStore` gives, or an opened PIL image. What it is, its content decides.
 
     mode "default" applies the EXIF orientation, composites alpha on `background`, and stretches grey of more than 8 bits from
     its own range to 0..255. mode "compat" is what the original training did (Pillow's `convert("RGB")`): orientation ignored,
     alpha dropped, deep grey clamped at 255. Both: CMYK and others by Pillow's formula, first frame of animations, 16-bit colour
-    by its high bytes.
+    by its high bytes. DICOM and NIfTI files have one rule, see `stllava.medical_images`.
 
-    Raises ImageError naming the file and the reason; MemoryError.
+    Raises ImageError naming the file and the reason; MemoryError; ImportError in one line: a medical file, and its extra is not installed.
     """
     if mode not in ("default", "compat"):
         raise ConfigError(f"mode {mode!r}: want 'default' or 'compat'", field="mode")
-    if isinstance(source, Image.Image):
-        name, data = getattr(source, "filename", "") or "PIL image", b""
-    else:
-        name, data = ("picture in memory", source) if isinstance(source, bytes) else (os.fspath(source), _read_file(source))
-    notes: list[str] = []
+    content = Content(getattr(source, "filename", "") or "PIL image", b"", "", "") if isinstance(source, Image.Image) else read_source(source)
+    if content.kind:
+        from stllava.medical_images import load_medical
+        return load_medical(content)
+    name, data, notes = content.name, content.data, list[str]()
     try:
         if data.startswith(_CORE_SIGNATURES) and (rgb := _decode_in_core(data)) is not None:
             return LoadedImage(rgb, notes)
@@ -98,15 +98,44 @@ def load_image(source: Source, mode: Mode = "default", *, background: Colour = B
     except (MemoryError, ImageError):
         raise
     except Exception as error:  # Pillow's readers raise a dozen types for damaged files
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = f"not one of {', '.join(FORMATS)}, or damaged in the header" if unknown else str(error) or repr(error)
-        raise ImageError(f"{name}: cannot be read: {reason}", path=name) from error
+        raise _unreadable(name, error) from error
+
+
+def image_size(source: FileSource, mode: Mode = "default") -> tuple[int, int]:
+    """(width, height) of what `load_image` gives, from the headers alone. Raises as `load_image`, but for what only the pixels show."""
+    if isinstance(source, (str, os.PathLike)):
+        with suppress(ImageError):  # of a damaged picture; or its headers are longer than what is read here
+            content = read_source(source, _HEADERS_BYTES)
+            if not content.kind:
+                return _size(content, mode)
+    content = read_source(source)
+    if content.kind:
+        from stllava.medical_images import medical_size
+        return medical_size(content)
+    return _size(content, mode)
+
+
+def _size(content: Content, mode: Mode) -> tuple[int, int]:
+    try:
+        with _open(content.data, []) as image:
+            stored = image.format == "PNG" and "exif" not in image.info  # there Pillow would decode the picture to look behind it
+            return image.size if mode == "compat" or stored or _orientation(image) < 5 else (image.height, image.width)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable(content.name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> ImageError:
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = f"not one of {', '.join(FORMATS)}, DICOM, NIfTI, or damaged in the header" if unknown else str(error) or repr(error)
+    return ImageError(f"{name}: cannot be read: {reason}", path=name)
 
 
 def _decode_in_core(data: bytes) -> NDArray[np.uint8] | None:
     """None: Pillow decides what it is."""
     try:
-        _check_size(*stllava_c.image_probe(data)[:2], len(data))
+        check_size(*stllava_c.image_probe(data)[:2], len(data))
         return stllava_c.image_decode(data)
     except stllava_c.Error:
         return None
@@ -118,41 +147,30 @@ def _open(data: bytes, notes: list[str]) -> Image.Image:
             raise ValueError(f"{n} {what}, limit {limit}")
     with _noted(notes):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_size(*image.size, len(data))
+    check_size(*image.size, len(data))
     return image
 
 
 def _borrow(image: Image.Image) -> Image.Image:
     """A copy, so that closing it leaves the caller's image open."""
-    _check_size(*image.size)
+    check_size(*image.size)
     return image.copy()
 
 
-_noting = threading.Lock()
+CATCHING = threading.Lock()
+"""Catching warnings changes the whole process, so one thread at a time."""
 
 
 @contextmanager
 def _noted(notes: list[str]) -> Iterator[None]:
-    """Pillow's warnings about damaged side data become notes. Catching them changes the whole process, so one thread at a time."""
-    with _noting, warnings.catch_warnings(record=True) as caught:
+    """Pillow's warnings about damaged side data become notes."""
+    with CATCHING, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     notes += [f"Pillow: {warning.message}" for warning in caught if not issubclass(warning.category, Image.DecompressionBombWarning)]
 
 
-def _read_file(path: str | os.PathLike[str]) -> bytes:
-    try:
-        data = read_regular(path, MAX_IMAGE_BYTES)
-    except OSError as error:
-        raise ImageError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}", path=path) from error
-    except FormatError as error:
-        raise ImageError(f"cannot be read: {error}", path=path) from error
-    if not data:
-        raise ImageError(f"{os.fspath(path)}: the file is empty", path=path)
-    return data
-
-
-def _check_size(width: int, height: int, n_bytes: int | None = None) -> None:
+def check_size(width: int, height: int, n_bytes: int | None = None) -> None:
     """Refuses what is too large, and headers that promise far more pixels than the file can hold, before memory is taken for them."""
     if not (0 < width <= MAX_SIDE_PX and 0 < height <= MAX_SIDE_PX and width * height <= MAX_PIXELS):
         raise ValueError(f"{width}x{height} pixels, the limits are {MAX_SIDE_PX} a side and {MAX_PIXELS} in all")
@@ -206,10 +224,15 @@ def _deep_grey(image: Image.Image, mode: Mode, notes: list[str]) -> NDArray[np.u
         raise ValueError("grey values that are NaN or infinite")
     if mode == "compat":
         notes.append(f"{image.mode} grey clamped at 255 (range {low:g}..{high:g})")
-        grey = np.clip(values, 0, 255).astype(np.uint8)
-    else:
-        notes.append(f"{image.mode} grey windowed from {low:g}..{high:g} to 0..255")
-        grey = np.rint((values - low) * (255 / (high - low or 1.0))).astype(np.uint8)
+        return grey_to_rgb(values, 0, 255, floor=True)
+    notes.append(f"{image.mode} grey windowed from {low:g}..{high:g} to 0..255")
+    return grey_to_rgb(values, low, high)
+
+
+def grey_to_rgb(values: NDArray[np.float64], low: float, high: float, *, floor: bool = False) -> NDArray[np.uint8]:
+    """(height, width) finite grey values -> (height, width, 3): `low` and below is 0, `high` and above 255, rounded between."""
+    scaled = np.clip((values - low) * (255 / (high - low or 1.0)), 0, 255)
+    grey = (scaled if floor else np.rint(scaled)).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 

@@ -45,6 +45,18 @@ MAX_PLAIN_PIXELS = 2**22
 """Pictures larger than this must not have more than MAX_PIXELS_PER_BYTE pixels for each byte of their file."""
 MAX_PIXELS_PER_BYTE = 1024
 
+MAX_MEDICAL_BYTES = 2**30
+"""A DICOM or NIfTI file, which may hold many pictures; also the voxels of a volume."""
+MAX_FRAMES = 4096
+"""Frames of a DICOM file."""
+MAX_MEMBERS = 2**20
+"""Entries of a zip or tar archive of pictures."""
+MAX_UNPACKED_BYTES = 32 * 2**30
+"""A compressed tar archive, unpacked."""
+MAX_PLAIN_UNPACKED_BYTES = 16 * 2**20
+"""What unpacks to more than this must not have more than MAX_UNPACKED_PER_BYTE bytes for each of its packed bytes."""
+MAX_UNPACKED_PER_BYTE = 200
+
 MAX_VOCABULARY = 2**20
 """Pieces of a tokenizer, and ids that its added tokens may have."""
 MAX_PIECE_BYTES = 1024

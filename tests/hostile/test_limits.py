@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import zlib
@@ -13,12 +14,14 @@ import formats
 import mutate
 import numpy as np
 import pytest
+import scans
 from PIL import Image
 
 from stllava import limits
 from stllava.checkpoint import gguf_container, index, safetensors_file, strict_json, torch_zip
 from stllava.checkpoint.peft import LoraConfig
 from stllava.config import LlavaConfig
+from stllava.data.archives import Archive
 from stllava.data.records import read_records
 from stllava.errors import StllavaError
 from stllava.images import load_image
@@ -77,6 +80,32 @@ def lines(folder: Path, n_bytes: int) -> object:
 def image_bytes(folder: Path, n: int) -> object:
     data = bombs.saved(Image.new("RGB", (5, 5)), "BMP")
     return bombs.picture(data + bytes(n - len(data)), "x.bmp")(folder)()
+
+
+def medical_bytes(folder: Path, n: int) -> object:
+    data = scans.dicom(rows=8, columns=8)
+    return load_image(data + b"\xfc\xff\xfc\xffOB\0\0" + (n - len(data) - 12).to_bytes(4, "little") + bytes(n - len(data) - 12))
+
+
+def frames(folder: Path, n: int) -> object:
+    return load_image(scans.dicom(frames=n))
+
+
+def members(folder: Path, n: int) -> object:
+    found = []
+    for path, write in ((folder / f"{n}.zip", scans.write_zip), (folder / f"{n}.tar", scans.write_tar)):
+        write(path, {f"{i}.png": b"x" for i in range(n)})
+        found.append(len(Archive(path).names()))
+    assert found == [n, n]
+    return found
+
+
+def unpacked(folder: Path, n: int) -> object:
+    (folder / "x.tar").unlink(missing_ok=True)
+    scans.write_tar(folder / "x.tar", {"a": b"x"})  # 10240 bytes
+    data = (folder / "x.tar").read_bytes()
+    (folder / "x.tar.gz").write_bytes(gzip.compress(data + bytes(n - len(data))))
+    return Archive(folder / "x.tar.gz").read("a", lambda head: 10)
 
 
 def side(folder: Path, n: int) -> object:
@@ -177,7 +206,11 @@ LIMITS: dict[str, tuple[Try, tuple[str, int] | None]] = {
     "MAX_PICKLE_BYTES": (zip_of_pickle, ("checkpoint.torch_zip", 300)),
     "MAX_DATA_BYTES": (lines, ("data.formats.rows", 1000)),
     "MAX_ROW_CHARS": (rows, None),
-    "MAX_IMAGE_BYTES": (image_bytes, ("images", 1000)),
+    "MAX_IMAGE_BYTES": (image_bytes, ("image_source", 1000)),
+    "MAX_MEDICAL_BYTES": (medical_bytes, ("image_source", 20_000)),
+    "MAX_FRAMES": (frames, ("medical_images.dicom", 5)),
+    "MAX_MEMBERS": (members, ("data.archives", 5)),
+    "MAX_UNPACKED_BYTES": (unpacked, ("data.archives", 20_480)),
     "MAX_SIDE_PX": (side, None),
     "MAX_PIXELS": (deep_grey, ("images", 400)),
     "MAX_JPEG_SCANS": (jpeg_scans, None),
@@ -200,7 +233,7 @@ ALSO: dict[str, tuple[Try, tuple[str, int] | None]] = {
     "MAX_PIECE_BYTES": (lambda folder, n: tokenizer_json(folder, length=n), None),
     "MAX_ADDED_TOKENS": (lambda folder, n: tokenizer_json(folder, n_added=n), None),
 }
-TESTED_BELOW = {"MAX_NUMBER", "MAX_PLAIN_PIXELS", "MAX_PIXELS_PER_BYTE"}
+TESTED_BELOW = {"MAX_NUMBER", "MAX_PLAIN_PIXELS", "MAX_PIXELS_PER_BYTE", "MAX_PLAIN_UNPACKED_BYTES", "MAX_UNPACKED_PER_BYTE"}
 
 
 def test_every_limit_is_here() -> None:
@@ -230,6 +263,27 @@ def test_numbers(key: str) -> None:
     for value in (np.nextafter(limits.MAX_NUMBER, np.inf).item(), 10**400, float("inf"), float("nan"), 0, -1, True, "1", None, [1]):
         with pytest.raises(StllavaError):
             attempt(value)
+
+
+def test_bytes_for_their_packed_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What unpacks to MAX_PLAIN_UNPACKED_BYTES may, and beyond them to MAX_UNPACKED_PER_BYTE for each packed byte: everywhere where something is unpacked."""
+    content = bytes(40_000)
+    scans.write_zip(tmp_path / "x.zip", {"a": content})
+    scans.write_tar(tmp_path / "x.tar", {"a": content})
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
+    volume, deflated = scans.nifti(np.zeros((20, 20, 50), np.int16), gzipped=True), scans.deflated(scans.dicom(np.zeros((1, 100, 200), np.int16)))
+    attempts = (lambda: Archive(tmp_path / "x.zip").read("a", lambda head: 10**6), lambda: Archive(tmp_path / "x.tar.gz").read("a", lambda head: 10**6),
+                lambda: load_image(volume), lambda: load_image(deflated))
+    for attempt in attempts:
+        for plain, per_byte, allowed in ((60_000, 0, True), (30_000, 0, False), (0, 5000, True), (0, 5, False)):
+            for module in ("data.archives", "medical_images.dicom", "medical_images.nifti"):
+                monkeypatch.setattr(importlib.import_module(f"stllava.{module}"), "MAX_PLAIN_UNPACKED_BYTES", plain)
+                monkeypatch.setattr(importlib.import_module(f"stllava.{module}"), "MAX_UNPACKED_PER_BYTE", per_byte)
+            if allowed:
+                attempt()
+            else:
+                with pytest.raises(StllavaError, match="bomb|to more than"):
+                    attempt()
 
 
 def test_pixels_for_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,8 +93,11 @@ def test_no_memory_is_one_line(capsys, model_dir, monkeypatch, tmp_path):
 
 def test_bad_flags_are_refused(capsys):
     with pytest.raises(SystemExit):
-        main(["sft", "--unknown_flag", "1"])
+        main(["ask", "--unknown_flag", "1"])
     assert "required" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sft", "--learning-rat", "1"])
+    assert "unknown flag --learning_rat; did you mean --learning_rate?" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

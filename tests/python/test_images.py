@@ -334,9 +334,9 @@ def test_too_large_is_refused_from_the_header(size: tuple[int, int]) -> None:
 def test_files_over_the_byte_limit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = encode(Image.fromarray(noise(4, 4)))
     (tmp_path / "a.png").write_bytes(file)
-    monkeypatch.setattr("stllava.images.MAX_IMAGE_BYTES", len(file))
+    monkeypatch.setattr("stllava.image_source.MAX_IMAGE_BYTES", len(file))
     load_image(tmp_path / "a.png")
-    monkeypatch.setattr("stllava.images.MAX_IMAGE_BYTES", len(file) - 1)
+    monkeypatch.setattr("stllava.image_source.MAX_IMAGE_BYTES", len(file) - 1)
     with pytest.raises(ImageError, match="larger than the limit"):
         load_image(tmp_path / "a.png")
 

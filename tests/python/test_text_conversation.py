@@ -6,6 +6,7 @@ import pytest
 from text_data import TEMPLATES, load, tokenizer
 
 from stllava.conversation import ConversationError, as_template, check_template, conv_templates
+from stllava.demo.base import load_base
 from stllava.text import Tokenizer, encode_conversation, tokenizer_image_token
 
 SYSTEM_TEXTS = load(TEMPLATES / "system_texts.json")
@@ -115,6 +116,7 @@ def test_check_template():
         if not template.prompt_only:
             for legacy in (True, False):
                 check_template(name, tokenizer(legacy))
+    check_template("v1", load_base().tokenizer)  # whose vocabulary has no capital Y
     with pytest.raises(ValueError, match="'</s>' is not a special token"):
         check_template("v1", _OtherTokens())
     with pytest.raises(ValueError, match="joins the tag"):

@@ -113,6 +113,23 @@ def test_early_stopping_needs_evaluations(tmp_path, pictures):
         SFTTrainer(run.model, SFTConfig(str(tmp_path), eval_strategy="steps"), run.train_dataset)
 
 
+def test_hooks_come_in_the_order_of_transformers(tmp_path, pictures):
+    calls = []
+
+    class Recorder(TrainerCallback):
+        def __getattribute__(self, name):
+            if name.startswith("on_"):
+                return lambda args, state, control, **kwargs: calls.append(name.removeprefix("on_"))
+            return object.__getattribute__(self, name)
+
+    run = trainer(tmp_path, pictures, per_device_train_batch_size=3, max_steps=3, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=2,
+                  logging_steps=2)
+    run.add_callback(Recorder)
+    run.train()
+    step = ["step_begin", "step_end"]
+    assert calls == ["train_begin", "epoch_begin", *step, *step, "epoch_end", "log", "save", "epoch_begin", *step, "log", "evaluate", "log", "train_end"]
+
+
 @pytest.mark.parametrize("settings, logged", [
     ({"logging_steps": 2}, [2, 4, 5]), ({"logging_steps": 2, "logging_first_step": True}, [1, 2, 4, 5]), ({"logging_strategy": "no"}, [5]),
     ({"logging_steps": 0.4}, [2, 4, 5]), ({"logging_strategy": "epoch", "max_steps": 6, "per_device_train_batch_size": 3}, [2, 4, 6])])

@@ -298,6 +298,8 @@ def test_settings_that_follow_from_others():
     assert SFTConfig("out", metric_for_best_model="eval_accuracy").greater_is_better is True
     assert [SFTConfig("out", hf_compat=version).loss_reduction for version in ("4.31", "latest")] == ["micro_mean", "token_mean"]
     assert DPOConfig("out").loss_reduction == "micro_mean"
+    strategies = [SFTConfig("out", train_sampling_strategy=name) for name in ("random", "sequential", "group_by_length")]
+    assert [(args.shuffle, args.group_by_length) for args in strategies] == [(True, False), (False, False), (True, True)]
     assert SFTConfig("out", report_to="all").report_to == ["tensorboard", "wandb"] and SFTConfig("out", report_to=["none"]).report_to == []
     args = SFTConfig("out", warmup_steps=0.25, logging_steps=0.1, save_steps=7)
     assert (args.n_warmup(10), args.steps_of("logging_steps", 95), args.steps_of("save_steps", 95)) == (3, 10, 7)

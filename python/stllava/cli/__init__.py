@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in parsers.keys() & words:  # flags come from classes whose modules need not be imported for another verb
         VERBS[name][0](parsers[name])
     args = parse(parser, parsers, words)
+    args.words = words
     try:
         return VERBS[args.verb][1](args) or 0
     except KeyboardInterrupt:

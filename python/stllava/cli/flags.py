@@ -7,48 +7,89 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .help_texts import HELP
 
 if TYPE_CHECKING:
     from stllava.model import LlavaModel
 
-__all__ = ["Verbs", "add_fields", "base_flags", "load_model", "loading_flags", "model_flags", "parse_bool", "take_fields", "template_for"]
+__all__ = ["Flag", "Verbs", "add_fields", "add_flags", "base_flags", "flags_of", "given", "help_of", "load_model", "loading_flags", "model_flags",
+           "parse_bool", "take_fields", "template_for"]
+
+_ABSENT = object()
 
 Verbs: TypeAlias = dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int | None]]]
 """Name of a verb -> (adds its flags, runs it and gives the exit code). The docstring of the first is the verb's help."""
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, *, skip: Sequence[str] = ()) -> None:
-    """One --flag per field. Booleans take no value (true) or true/false/yes/no/1/0; lists take several values."""
-    hints = typing.get_type_hints(cls)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flag:
+    """A setting as the grammar sees it. `kind`: str, float, int or bool. `many`: takes several values; `single`: one may stand without a list."""
+
+    name: str
+    kind: type
+    many: bool = False
+    single: bool = True
+    default: Any = None
+    required: bool = False
+
+
+def flags_of(cls: type, skip: Sequence[str] = ()) -> list[Flag]:
+    """The fields of a data class that its user may set."""
+    hints, flags = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
         if not field.init or field.name in skip:
             continue
-        kind, many = _kind(hints[field.name])
+        options = typing.get_args(hints[field.name]) if isinstance(hints[field.name], types.UnionType) else (hints[field.name],)
+        lists = [typing.get_args(option)[0] for option in options if typing.get_origin(option) is list]
+        kind = next(kind for kind in (str, float, int, bool) if kind in (*options, *lists))
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        options: dict[str, Any] = {"dest": field.name, "required": required, "default": argparse.SUPPRESS, "metavar": kind.__name__.upper()}
-        if not required:
-            options["help"] = f"default {field.default}"
-        if kind is bool:
-            options |= {"type": parse_bool, "nargs": "?", "const": True}
+        default = field.default if field.default is not dataclasses.MISSING else None
+        flags.append(Flag(field.name, kind, bool(lists), kind in options, default, required))
+    return flags
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag], *, required: bool = True,
+              aliases: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
+    """One --flag each; what is not given is not in the namespace.
+
+    Booleans take no value (true) or true/false/yes/no/1/0; those that are true by default have a --no_NAME too. Lists take several values.
+    """
+    for flag in flags:
+        options: dict[str, Any] = {"dest": flag.name, "required": flag.required and required, "default": argparse.SUPPRESS, "help": help_of(flag)}
+        if flag.kind is bool:
+            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
-            options |= {"type": kind, "nargs": "+" if many else None}
-        parser.add_argument(f"--{field.name}", **options)
+            options |= {"type": flag.kind, "nargs": "+" if flag.many else None, "metavar": flag.kind.__name__.upper()}
+        parser.add_argument(f"--{flag.name}", *aliases.get(flag.name, ()), **options)
+        if flag.kind is bool and flag.default is True:
+            parser.add_argument(f"--no_{flag.name}", dest=flag.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type, *, skip: Sequence[str] = ()) -> None:
+    """One --flag per field of a data class."""
+    add_flags(parser, flags_of(cls, skip))
+
+
+def given(args: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, Any]:
+    """The values that the command line gives, by name."""
+    values = {flag.name: getattr(args, flag.name) for flag in flags if hasattr(args, flag.name)}
+    return {flag.name: value[0] if flag.many and flag.single and len(value) == 1 else value
+            for flag in flags if (value := values.get(flag.name, _ABSENT)) is not _ABSENT}
 
 
 def take_fields(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The given values of `cls`'s fields."""
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if f.init and hasattr(args, f.name)}
-    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in values.items()}
+    return given(args, flags_of(cls))
 
 
-def _kind(hint: Any) -> tuple[type, bool]:
-    """(element type, several values?) of a field's annotation: the first of str, float, int, bool it names."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    many = any(typing.get_origin(option) is list for option in options)
-    flat = [typing.get_args(option)[0] if typing.get_origin(option) is list else option for option in options]
-    return next(kind for kind in (str, float, int, bool) if kind in flat), many
+def help_of(flag: Flag) -> str:
+    text = HELP.get(flag.name, "")
+    default = "" if flag.required or flag.default is None else f"default {flag.default}"
+    return "; ".join(part for part in (text, default) if part).replace("%", "%%")
 
 
 def parse_bool(text: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from .flags import Verbs, add_fields, load_model, model_flags, take_fields
 
@@ -20,21 +19,17 @@ def add_ask(parser: argparse.ArgumentParser) -> None:
     """Self-training, step A: describe images, ask questions about them."""
     from stllava.selftrain.ask import AskSettings
     model_flags(parser)
-    parser.add_argument("--image_folder", required=True)
+    parser.add_argument("--image_folder", required=True, help="a folder, or a zip or tar archive")
     _step_flags(parser, AskSettings)
 
 
 def run_ask(args: argparse.Namespace) -> None:
-    from stllava.paths import inside
+    from stllava.data.image_store import IMAGE_SUFFIXES, ImageStore
     from stllava.selftrain.ask import AskSettings, ask
-    folder = Path(args.image_folder)
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not names:
-        raise ValueError(f"{folder}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    ask(load_model(args), [(name, str(inside(folder, name))) for name in names], AskSettings(**take_fields(args, AskSettings)), out=args.out)
-
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tga", ".tif", ".tiff"}
+    store = ImageStore(args.image_folder)
+    if not (names := store.names()):
+        raise ValueError(f"{args.image_folder}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}; archives are looked into)")
+    ask(load_model(args), [(name, store.source(name)) for name in names], AskSettings(**take_fields(args, AskSettings)), out=args.out)
 
 
 def add_answer(parser: argparse.ArgumentParser) -> None:
@@ -42,17 +37,16 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     from stllava.selftrain.answer import AnswerSettings
     model_flags(parser)
     parser.add_argument("--questions", required=True, help="output of `stllava ask`")
-    parser.add_argument("--image_folder", required=True)
+    parser.add_argument("--image_folder", required=True, help="a folder, or a zip or tar archive")
     _step_flags(parser, AnswerSettings)
 
 
 def run_answer(args: argparse.Namespace) -> None:
+    from stllava.data.image_store import ImageStore
     from stllava.data.records import read_jsonl
-    from stllava.paths import inside
     from stllava.selftrain.answer import AnswerSettings, answer
-    folder = Path(args.image_folder)
     settings = AnswerSettings(**take_fields(args, AnswerSettings))
-    answer(load_model(args), read_jsonl(args.questions), lambda name: str(inside(folder, name)), settings, out=args.out)
+    answer(load_model(args), read_jsonl(args.questions), ImageStore(args.image_folder).source, settings, out=args.out)
 
 
 def add_judge(parser: argparse.ArgumentParser) -> None:

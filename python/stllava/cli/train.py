@@ -1,100 +1,158 @@
-"""`stllava sft` and `stllava dpo`: the two stages, from files."""
+"""`stllava sft`, `stllava dpo` and `stllava rerun`: the two stages from files, with the command lines of the original's scripts."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .flags import Verbs, add_fields, load_model, model_flags, parse_bool, take_fields
+from .flags import Flag, Verbs, add_flags, flags_of, given
 
 if TYPE_CHECKING:
+    from stllava.data.dpo import DPODataset
+    from stllava.data.sft import SFTDataset
     from stllava.model import LlavaModel
+    from stllava.train.resolve import Settings
 
-__all__ = ["VERBS"]
+__all__ = ["VERBS", "script_flags"]
 
 SIGNALS = ("On SIGTERM the running step is finished and a checkpoint written, then the exit code is 143; on Ctrl-C the last checkpoint stands, 130. "
            "The same command with --resume_from_checkpoint auto goes on from the newest checkpoint, or begins: same weights, same log.")
+ALIASES = {"model_name_or_path": ("--model_path",)}
 
 
-def _data_flags(parser: argparse.ArgumentParser, template: str) -> None:
+@functools.cache
+def script_flags(stage: str) -> list[Flag]:
+    """Every flag of `stllava sft` or `stllava dpo`."""
+    from stllava.train.no_effect import NO_EFFECT
+    from stllava.train.resolve import STAGES
+    from stllava.train.script import DataArguments, ModelArguments, ScriptArguments
+    flags = [flag for cls in (ModelArguments, DataArguments, ScriptArguments, STAGES[stage]) for flag in flags_of(cls)]
+    names = {flag.name for flag in flags}
+    return flags + [Flag(name, entry.kind, entry.many, default=entry.default) for name, entry in NO_EFFECT.items() if name not in names]
+
+
+def _add(parser: argparse.ArgumentParser, stage: str) -> None:
     parser.epilog = SIGNALS
-    parser.add_argument("--data_path", required=True)
-    parser.add_argument("--image_folder", default=None)
-    parser.add_argument("--version", default=template, help="conversation template")
-    parser.add_argument("--model_max_length", type=int, default=2048, help="rows of a sample, image rows included")
-    parser.add_argument("--on_bad_sample", choices=("error", "skip"), default="error")
-    for name, default in (("lora_r", 64), ("lora_alpha", 16), ("lora_dropout", 0.05),
-                          ("lora_r_vit", 32), ("lora_alpha_vit", 64), ("lora_dropout_vit", 0.0)):
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--lora_enable", type=parse_bool, nargs="?", const=True, default=False)
-    parser.add_argument("--vit_lora_enable", type=parse_bool, nargs="?", const=True, default=False)
-    parser.add_argument("--use_dora", type=parse_bool, nargs="?", const=True, default=False, help="adapters train magnitudes too")
+    add_flags(parser, script_flags(stage), required=False, aliases=ALIASES)  # a configuration file may give what is required
 
 
-def _data_options(args: argparse.Namespace, model: LlavaModel) -> dict[str, Any]:
-    if not model.has_tokenizer or model.config.vision is None:
-        raise ValueError(f"{args.model_name_or_path} has no tokenizer or no vision tower; training from files needs both")
-    return {"tokenizer": model.tokenizer, "image_processor": model.image_processor, "image_folder": args.image_folder, "template": args.version,
-            "max_length": args.model_max_length, "tokens_per_image": model.core.tokens_per_image, "on_bad_sample": args.on_bad_sample}
+def _settings(args: argparse.Namespace) -> Settings:
+    from stllava.train.resolve import resolve
+
+    from .config_file import read_config
+    flags = script_flags(args.verb)
+    words = given(args, flags)
+    of_files: dict[str, Any] = {}
+    for file in words.get("config", ()):
+        of_files |= read_config(file, flags)
+    return resolve(args.verb, of_files | words, functools.partial(_say, args.verb))
 
 
-def _train(args: argparse.Namespace, config: type, dataset: type, trainer: type, **data_options: Any) -> int:
-    from stllava.checkpoint.peft import LoraConfig
+def _say(verb: str, line: str) -> None:
+    print(f"stllava {verb}: {line}", file=sys.stderr)
+
+
+def _dataset(settings: Settings, model: LlavaModel, path: str) -> SFTDataset | DPODataset:
+    from stllava.data.dpo import DPODataset
+    from stllava.data.sft import SFTDataset, summary
+    data = settings.data
+    options: dict[str, Any] = {
+        "tokenizer": model.tokenizer, "image_processor": model.image_processor, "image_folder": data.image_folder, "template": data.version,
+        "max_length": data.model_max_length, "tokens_per_image": model.core.tokens_per_image, "on_bad_sample": data.on_bad_sample}
+    found = DPODataset(path, **options) if settings.stage == "dpo" else SFTDataset(path, **options, sq_r=data.sq_r, seed=settings.training.seed)
+    if found.problems:
+        print(f"left out {len(found.problems)} records: {summary(found.problems)}", file=sys.stderr)
+    return found
+
+
+def _train(settings: Settings, command: list[str], recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Runs to the end. Returns the record of the run. recorded: the inputs of another, which must be the same."""
+    import stllava_c
     from stllava.data.sft import summary
+    from stllava.train.dpo import DPOTrainer
+    from stllava.train.manifest import RunRecord, check_inputs, hash_inputs
+    from stllava.train.setup import build_model
+    from stllava.train.sft import SFTTrainer
+    if settings.script.num_threads > 0:
+        stllava_c.set_num_threads(settings.script.num_threads)
+    model, trainable = build_model(settings.model, settings.training, settings.data)
+    if not model.has_tokenizer or model.config.vision is None:
+        raise ValueError(f"{settings.model.model_name_or_path} has no tokenizer or no vision tower; training from files needs both")
+    data = _dataset(settings, model, settings.data.data_path)
+    evaluation = None if settings.data.eval_data_path is None else _dataset(settings, model, settings.data.eval_data_path)
+    images = [record.get("image") for part in (data, evaluation) if part is not None for record in part.records]
+    inputs = hash_inputs(settings.given, images)
+    if recorded is not None:
+        check_inputs(recorded, inputs)
+    record = RunRecord(settings, command, inputs)
+    trainer: Any = DPOTrainer if settings.stage == "dpo" else SFTTrainer
+    run = trainer(model, settings.training, data, evaluation, trainable=trainable)
+    result = run.train()
+    run.save_model()
+    counts = {"records": len(data.records), "used": len(data.records) - len(data.problems), "left_out": summary(data.problems),
+              "updates": result.global_step, "updates_left_out": run.updater.n_skipped, "tensors_trained": len(trainable)}
+    written = record.write(settings.training.output_dir, counts=counts, metrics=result.metrics)
+    return {**written, "printed": {"global_step": result.global_step, **result.metrics}}
+
+
+def _run(args: argparse.Namespace) -> int:
     from stllava.train.terminate import TERMINATED, Terminated
-    model = load_model(args)
-    settings = config(**take_fields(args, config))
-    data = dataset(args.data_path, **_data_options(args, model), **data_options)
-    if data.problems:
-        print(f"left out {len(data.problems)} records: {summary(data.problems)}", file=sys.stderr)
-    if args.lora_enable:
-        model.add_lora(LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora),
-                       "llm", seed=settings.seed)
-    if args.vit_lora_enable:
-        model.add_lora(LoraConfig(r=args.lora_r_vit, lora_alpha=args.lora_alpha_vit, lora_dropout=args.lora_dropout_vit, use_dora=args.use_dora),
-                       "vit", seed=settings.seed)
-    run = trainer(model, settings, data)
     try:
-        result = run.train()
+        record = _train(_settings(args), ["stllava", *args.words])
     except Terminated as stop:
         print(f"stllava: {stop}", file=sys.stderr)
         return TERMINATED
-    run.save_model()
-    print(json.dumps({"global_step": result.global_step, **result.metrics}))
+    print(json.dumps(record["printed"]))
     return 0
 
 
 def add_sft(parser: argparse.ArgumentParser) -> None:
     """Stage 1: visual self-questioning SFT."""
-    from stllava.train.arguments import SFTConfig
-    model_flags(parser)
-    _data_flags(parser, "v1_sq")
-    parser.add_argument("--sq_r", type=float, default=0.5)
-    add_fields(parser, SFTConfig)
-
-
-def run_sft(args: argparse.Namespace) -> int:
-    from stllava.data.sft import SFTDataset
-    from stllava.train.arguments import SFTConfig
-    from stllava.train.sft import SFTTrainer
-    return _train(args, SFTConfig, SFTDataset, SFTTrainer, sq_r=args.sq_r, seed=getattr(args, "seed", 42))
+    _add(parser, "sft")
 
 
 def add_dpo(parser: argparse.ArgumentParser) -> None:
     """Stage 2: preference training."""
-    from stllava.train.arguments import DPOConfig
-    model_flags(parser)
-    _data_flags(parser, "v1")
-    add_fields(parser, DPOConfig)
+    _add(parser, "dpo")
 
 
-def run_dpo(args: argparse.Namespace) -> int:
-    from stllava.data.dpo import DPODataset
-    from stllava.train.arguments import DPOConfig
-    from stllava.train.dpo import DPOTrainer
-    return _train(args, DPOConfig, DPODataset, DPOTrainer)
+def add_rerun(parser: argparse.ArgumentParser) -> None:
+    """Repeat a run from its manifest.json; the weights must come out the same (exit code 1 if not)."""
+    parser.add_argument("manifest", metavar="MANIFEST|DIR", help="manifest.json that `stllava sft` or `stllava dpo` wrote, or its directory")
+    parser.add_argument("--out", default=None, help="output directory; default: the run's own name and -rerun")
 
 
-VERBS: Verbs = {"sft": (add_sft, run_sft), "dpo": (add_dpo, run_dpo)}
+def run_rerun(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from stllava.errors import ConfigError
+    from stllava.train.manifest import machine, read_run
+    from stllava.train.resolve import resolve
+    from stllava.train.terminate import TERMINATED, Terminated
+    before = read_run(args.manifest)
+    wanted = dict(before["settings"])
+    out = args.out or f"{str(wanted.get('output_dir', 'out')).rstrip('/')}-rerun"
+    if Path(out).resolve() == Path(str(wanted.get("output_dir"))).resolve():
+        raise ConfigError(f"--out {out} is the run's own output directory; choose another, so that both can be compared", field="out")
+    known = {flag.name for flag in script_flags(before["stage"])}
+    if unknown := sorted(wanted.keys() - known):
+        raise ConfigError(f"{args.manifest}: run.settings has {unknown[0]!r}, which this version does not know", field=unknown[0])
+    settings = resolve(before["stage"], {**wanted, "output_dir": out, "resume_from_checkpoint": None}, functools.partial(_say, args.verb))
+    try:
+        after = _train(settings, ["stllava", *args.words], before["inputs"])
+    except Terminated as stop:
+        print(f"stllava: {stop}", file=sys.stderr)
+        return TERMINATED
+    is_same = after["weights_sha256"] == before["weights_sha256"]
+    print(json.dumps({"output_dir": out, "same_weights": is_same, "weights_sha256": after["weights_sha256"]}))
+    if not is_same:
+        now = machine()
+        other = [key for key, value in now.items() if before.get("machine", {}).get(key) != value]
+        _say(args.verb, f"the weights differ from the recorded run's; of the machine differ: {', '.join(other) or 'nothing'}")
+    return 0 if is_same else 1
+
+
+VERBS: Verbs = {"sft": (add_sft, _run), "dpo": (add_dpo, _run), "rerun": (add_rerun, run_rerun)}

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava.errors import StllavaError
@@ -48,7 +47,8 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Lines that begin with a slash: " + HELP.replace("\n", "; ")
     parser.add_argument("model_name_or_path", metavar="DIR", help="checkpoint directory")
     loading_flags(parser)
-    parser.add_argument("--image", "--image_file", default=None, help="a picture to begin with")
+    parser.add_argument("--image", "--image_file", default=None,
+                        help="a picture to begin with; of a DICOM or NIfTI file also FILE#frame=N or FILE#axis=2&slice=N")
     _decoding_flags(parser)
 
 
@@ -96,7 +96,8 @@ class _Talk:
         self._pending = False  # the picture goes with what is said next
 
     def show(self, file: str) -> None:
-        self._picture, self._pending = self.model.pixels([Path(file).expanduser()])[0], True
+        from stllava.data.image_store import open_picture
+        self._picture, self._pending = self.model.pixels([open_picture(file)])[0], True
 
     def take(self, line: str) -> None:
         line = line.strip()
@@ -132,7 +133,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     """Answer a question file (LLaVA's model_vqa): JSON lines in, JSON lines out, continued if the answers file exists."""
     model_flags(parser)
     parser.add_argument("--question_file", required=True, help="JSON lines (or a JSON list) of {question_id, image, text}")
-    parser.add_argument("--image_folder", default=None, help="where the images are; questions without an image need none")
+    parser.add_argument("--image_folder", default=None, help="where the images are, a folder or an archive; questions without an image need none")
     parser.add_argument("--answers_file", required=True, help="JSON lines of {question_id, prompt, text, answer_id, model_id, metadata}")
     parser.add_argument("--num_chunks", type=int, default=1)
     parser.add_argument("--chunk_idx", type=int, default=0)
@@ -166,16 +167,17 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _images_in(folder: str | None, names: list[str]) -> Callable[[str], str]:
-    """Name -> path, after a look that all are there: hours of answers should not end at a missing file."""
-    from stllava.paths import inside
+def _images_in(folder: str | None, names: list[str]) -> Callable[[str], Any]:
+    """Name -> picture, after a look that all are there: hours of answers should not end at a missing file."""
+    from stllava.data.image_store import ImageStore
+    from stllava.image_source import shown_name
     if folder is None and names:
-        raise ValueError(f"{len(names)} questions have an image, the first {names[0]!r}; give --image_folder")
-    paths = {name: str(inside(folder or ".", name)) for name in dict.fromkeys(names)}
-    missing = [path for path in paths.values() if not Path(path).is_file()]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(paths)} image files are missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}")
-    return paths.__getitem__
+        raise ValueError(f"{len(names)} questions have an image, the first {shown_name(names[0])!r}; give --image_folder")
+    store = ImageStore(folder)
+    sources = {name: store.source(name) for name in dict.fromkeys(names)}
+    if missing := [shown_name(f"{folder}/{name}") for name in sources if not store.exists(name)]:
+        raise ValueError(f"{len(missing)} of {len(sources)} image files are missing: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}")
+    return sources.__getitem__
 
 
 VERBS: Verbs = {"chat": (add_chat, run_chat), "generate": (add_generate, run_generate)}

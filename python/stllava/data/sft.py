@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,7 +22,7 @@ from .records import Problem, check_records, read_records
 if TYPE_CHECKING:
     from stllava.model import LlavaModel
 
-__all__ = ["SFTDataset", "n_words", "sequence_of", "text_budget"]
+__all__ = ["SFTDataset", "n_words", "self_asked", "sequence_of", "text_budget"]
 
 
 def text_budget(max_length: int | None, n_images: int, tokens_per_image: int) -> int | None:
@@ -99,11 +99,8 @@ class SFTDataset:
         record = self.records[row]
         turns: list[dict[str, Any]] = record["conversations"]  # a list, or `_check` had left the record out
         n_images = len(images_of(record))
-        switched = draw_switches(len(turns), self.sq_r, self.seed, epoch, record.get("id", row)) if n_images else set()
-        if n_images > 1:  # the model asks itself, but it does not show itself pictures
-            lead = len(turns) % 2
-            switched = {turn for turn in switched if DEFAULT_IMAGE_TOKEN not in str(turns[turn + lead])}
-        return build_sample(turns, self.template, self.tokenizer, has_image=n_images > 0, n_images=n_images, switched=switched,
+        return build_sample(turns, self.template, self.tokenizer, has_image=n_images > 0, n_images=n_images,
+                            switched=self_asked(record, row, self.sq_r, self.seed, epoch),
                             max_length=text_budget(self.max_length, n_images, self.tokens_per_image))
 
     def _check(self, row: int, record: dict[str, Any]) -> tuple[str, str] | None:
@@ -128,6 +125,16 @@ class SFTDataset:
         for row in rows:
             groups.setdefault(self._images.keys(self.records[row]) or ("text", row), []).append(row)
         return list(groups.values())
+
+
+def self_asked(record: Mapping[str, Any], row: int, sq_r: float, seed: int, epoch: int) -> set[int]:
+    """The questions that the model asks itself in an epoch, for `build_sample`; none without an image."""
+    turns, n_images = record["conversations"], len(images_of(record))
+    switched = draw_switches(len(turns), sq_r, seed, epoch, record.get("id", row)) if n_images else set()
+    if n_images > 1:  # the model asks itself, but it does not show itself pictures
+        lead = len(turns) % 2
+        switched = {turn for turn in switched if DEFAULT_IMAGE_TOKEN not in str(turns[turn + lead])}
+    return switched
 
 
 def n_words(turns: Iterable[dict[str, Any]]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from stllava.conversation import Conversation, as_template
-from stllava.data.dpo import normalise_pair
+from stllava.data.formats import images_of
 from stllava.data.records import read_records
 from stllava.errors import FormatError
 from stllava.progress import progress_bar
@@ -22,7 +22,7 @@ from stllava.text.interface import AnyTokenizer
 
 from . import overlap
 from .kinds import KINDS, SEVERITIES, Finding, Found
-from .pictures import Picture, PictureRules, probe_all
+from .pictures import Picture, PictureRules, key_of, probe_all
 from .rows import PAIR_SIDES, TextRules, pair_findings, printable, quoted, row_findings, short
 from .tokens import Length, TokenRules, tokenise
 
@@ -33,9 +33,10 @@ Form: TypeAlias = Literal["sft", "dpo"]
 _CHUNK = 100  # rows handed to a process at a time; those that are handed out are finished when Ctrl-C comes
 _FEW = 4000  # rows below which starting processes takes longer than they save
 _KNOWN = frozenset({
-    "id", "image", "conversations", "conversatons", "domain", *PAIR_SIDES, "rejected_conversations", "q", "img", "p", "r",
-    "prompt", "chosen", "rejected", "images", "messages", "answer_type", "question_type", "modality", "organ", "question_id", "pair_id", "fig_label",
-    "fig_caption", "in_text_mention", "type", "content_type", "location", "question", "answer", "text", *overlap.PATIENT_FIELDS})
+    "id", "image", "images", "conversations", "conversatons", "domain", *PAIR_SIDES, "rejected_conversations", "q", "img", "p", "r", "prompt",
+    "chosen", "rejected", "messages", "split", "q_lang", "qid", "answer_type", "question_type", "modality", "organ", "question_id", "pair_id",
+    "fig_label", "fig_caption", "in_text_mention", "type", "content_type", "location", "question", "answer", "text", *overlap.PATIENT_FIELDS})
+_A_FEW = 10  # findings of one kind that are always listed
 _ANSWERS = ("yes", "no")
 
 
@@ -89,6 +90,7 @@ def check_data(data: str | Path | Iterable[dict[str, Any]], image_folder: str | 
         data: instruction rows, VQA items or preference pairs, in any form `read_records` takes. image_folder: None: names are relative to here.
         tokenizer, tokens_per_image: of the model that is to be trained; without one nothing is said about lengths and labels.
         against: files with which the data must share no image, patient or question; their images lie in `against_image_folder`, None: `image_folder`.
+            Of a set that holds several splits, the data is the train split, and these are the test split.
 
     Raises:
         ConfigError: unknown template. FormatError: one of `against` cannot be read; trouble with `data` itself is a finding.
@@ -96,7 +98,7 @@ def check_data(data: str | Path | Iterable[dict[str, Any]], image_folder: str | 
     settings = settings or CheckSettings()
     name = str(data) if isinstance(data, (str, Path)) else "data"
     try:
-        records = [normalise_pair(record) for record in read_records(data)]
+        records = read_records(data, "train")
     except FormatError as error:
         template = as_template(settings.template or "v1")
         return Report(name, settings.form or "sft", template, settings, [], [Finding("file", str(error))])
@@ -106,9 +108,15 @@ def check_data(data: str | Path | Iterable[dict[str, Any]], image_folder: str | 
     if tokenizer is not None:
         sq_r = settings.sq_r if form == "sft" and len(template.roles) > 2 else 0.0
         report.tokens = TokenRules(tokenizer, template, settings.max_length, tokens_per_image, sq_r, settings.seed)
-    others = [overlap.OtherFile(str(path), [normalise_pair(record) for record in read_records(path)]) for path in against]
-    _Check(report, Path(image_folder or "."), others, Path(against_image_folder or image_folder or ".")).run()
+    folder = against_image_folder or image_folder
+    others = [overlap.OtherFile(Path(path).name, read_records(path, "test"), _folder_of(path, folder)) for path in against]
+    _Check(report, _folder_of(data, image_folder), others).run()
     return report
+
+
+def _folder_of(data: object, given: str | Path | None) -> Path:
+    """Where image names start: in a directory that is the data, they are relative to it."""
+    return Path(given) if given is not None else Path(data) if isinstance(data, (str, Path)) and Path(data).is_dir() else Path()
 
 
 def _form_of(records: Sequence[dict[str, Any]]) -> Form:
@@ -117,8 +125,9 @@ def _form_of(records: Sequence[dict[str, Any]]) -> Form:
 
 
 class _Check:
-    def __init__(self, report: Report, folder: Path, others: list[overlap.OtherFile], other_folder: Path) -> None:
-        self.report, self.folder, self.others, self.other_folder = report, folder, others, other_folder
+    def __init__(self, report: Report, folder: Path, others: list[overlap.OtherFile]) -> None:
+        self.report, self.folder, self.others = report, folder, others
+        self.rows_of: dict[Hashable, dict[int, None]] = {}
         self.records, self.settings = report.records, report.settings
 
     def run(self) -> None:
@@ -144,7 +153,7 @@ class _Check:
     def _rows(self) -> None:
         special = () if self.report.tokens is None else tuple(self.report.tokens.tokenizer.special_ids)
         work = _RowWork(self.report.form, TextRules(self.report.template, special), self.report.tokens)
-        chunks = [(begin, self.records[begin:begin + _CHUNK]) for begin in range(0, len(self.records), _CHUNK)]
+        chunks = [(begin, [_light(record) for record in self.records[begin:begin + _CHUNK]]) for begin in range(0, len(self.records), _CHUNK)]
         with self._bar(len(self.records), "rows", "row") as bar:
             for (begin, chunk), answers in zip(chunks, self._spread(work, chunks), strict=True):
                 for row, (lengths, found) in enumerate(answers, begin):
@@ -152,6 +161,16 @@ class _Check:
                     for kind, text in found:
                         self._add(kind, text, row)
                 bar.update(len(chunk))
+        self._join("original_mismatch", "original_labels")
+
+    def _join(self, *kinds: str) -> None:
+        """What most rows have is not about a row: one finding of the whole file."""
+        for kind in kinds:
+            of_kind = [finding for finding in self.report.findings if finding.kind == kind]
+            if len(of_kind) > max(len(self.records) // 2, _A_FEW):
+                self.report.findings = [finding for finding in self.report.findings if finding.kind != kind]
+                self._add(kind, f"{len(of_kind)} of {len(self.records)} rows, so it is the template with this tokenizer; "
+                                f"row {of_kind[0].row}: {of_kind[0].text}")
 
     def _spread(self, work: _RowWork, chunks: list[tuple[int, list[dict[str, Any]]]]) -> Iterator[list[tuple[list[Length], list[Found]]]]:
         workers = self.settings.workers or len(os.sched_getaffinity(0))
@@ -173,10 +192,9 @@ class _Check:
         fields = Counter(key for record in records for key in record if key not in _KNOWN and key not in self.settings.patient_fields)
         for key, n in sorted(fields.items()):
             self._add("field_unknown", f"{quoted(str(key))} in {n} of {len(records)} rows")
-        n_text = sum(record.get("image") is None for record in records)
-        if 0 < n_text < len(records):
-            first = next(row for row, record in enumerate(records) if record.get("image") is None)
-            self._add("text_only", f"{n_text} of {len(records)} rows, the first is row {first}")
+        text_only = [row for row, record in enumerate(records) if not images_of(record)]
+        if 0 < len(text_only) < len(records):
+            self._add("text_only", f"{len(text_only)} of {len(records)} rows, the first is row {text_only[0]}")
         for answer in _ANSWERS:
             spellings = Counter(text.strip() for record in records for role, text in overlap.dialogue_of(record)
                                 if role == "gpt" and text.strip().rstrip(".").lower() == answer)
@@ -186,33 +204,35 @@ class _Check:
     # ---- pictures
 
     def _pictures(self) -> None:
-        rows: dict[str, list[int]] = {}
+        images: dict[Hashable, Any] = {}
         for row, record in enumerate(self.records):
-            image = record.get("image")
-            if isinstance(image, str):
-                rows.setdefault(image, []).append(row)
-            elif image is not None:
-                self._add("image_name", f"a {type(image).__name__}, want a file name", row)
-        pictures = self.report.pictures = self._probe(self.folder, list(rows), "images")
+            for image in images_of(record):
+                key = key_of(image)
+                if key is None:
+                    self._add("image_name", f"a {type(image).__name__}, want a file name, or {{bytes, path}}", row)
+                else:
+                    images.setdefault(key, image)
+                    self.rows_of.setdefault(key, {})[row] = None
+        pictures = self.report.pictures = self._probe(self.folder, images, "images")
         for picture in pictures:
             for kind, text in picture.found:
-                self._add_picture(kind, picture.name, text, rows)
-        for name, kind, text in overlap.repeated_pictures(pictures):
-            self._add_picture(kind, name, text, rows)
+                self._add_picture(picture, kind, text)
+        for picture, kind, text in overlap.repeated_pictures(pictures):
+            self._add_picture(picture, kind, text)
         for other in self.others:
-            names = dict.fromkeys(image for record in other.records if (image := overlap.image_of(record)) is not None)
-            other.pictures = self._probe(self.other_folder, list(names), f"images of {Path(other.name).name}")
-            for name, kind, text in overlap.leaking_pictures(pictures, other):
-                self._add_picture(kind, name, text, rows)
+            theirs = {key: image for record in other.records for image in images_of(record) if (key := key_of(image)) is not None}
+            other.pictures = self._probe(other.folder, theirs, f"images of {other.name}")
+            for picture, kind, text in overlap.leaking_pictures(pictures, other):
+                self._add_picture(picture, kind, text)
 
-    def _probe(self, folder: Path, names: list[str], label: str) -> list[Picture]:
-        with self._bar(len(names), label, "image") as bar:
-            return probe_all(folder, names, self.settings.pictures, bar.update)
+    def _probe(self, folder: Path, images: dict[Hashable, Any], label: str) -> list[Picture]:
+        with self._bar(len(images), label, "image") as bar:
+            return probe_all(folder, images, self.settings.pictures, bar.update)
 
-    def _add_picture(self, kind: str, name: str, text: str, rows: dict[str, list[int]]) -> None:
+    def _add_picture(self, picture: Picture, kind: str, text: str) -> None:
         """Once for each picture, at the first row that shows it."""
-        n = len(rows[name])
-        self._add(kind, f"{quoted(name)}: {text}{'' if n == 1 else f'; {n} rows'}", rows[name][0])
+        rows = self.rows_of[picture.key]
+        self._add(kind, f"{quoted(picture.name)}: {text}{'' if len(rows) == 1 else f'; {len(rows)} rows'}", next(iter(rows)))
 
 
 @dataclass(slots=True)
@@ -235,6 +255,13 @@ class _RowWork:
             return [], found
         lengths, more = tokenise(record, row, self.tokens)
         return lengths, found + more
+
+
+def _light(record: dict[str, Any]) -> dict[str, Any]:
+    """Without the content of images inside it, which rows are not asked about."""
+    images = images_of(record)
+    return record if all(isinstance(image, str) for image in images) else {
+        **{key: value for key, value in record.items() if key not in ("image", "images")}, "images": [True] * len(images)}
 
 
 _work: list[Callable[[Any], Any]] = []

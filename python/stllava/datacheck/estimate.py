@@ -131,8 +131,9 @@ class _Sizes:
             width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
             attention = 2.0 * width * rows * max(_used(length) for _, length in group)  # two products over half of the square
             total += times * (2.0 * self.decoder * rows + attention + 2.0 * config.vocab_size * config.hidden_size * targets)
-            if config.vision is not None and report.records[group[0][0]].get("image") is not None:
-                total += (1.0 + (2.0 + plan.recompute) * bool(plan.vit_lora_r)) * 2.0 * self.tower * (config.vision.n_patches + 1)
+            if config.vision is not None:
+                tower_times = 1.0 + (2.0 + plan.recompute) * bool(plan.vit_lora_r)
+                total += group[0][1].n_images * tower_times * 2.0 * self.tower * (config.vision.n_patches + 1)
         return total
 
 
@@ -147,16 +148,14 @@ def _arena(model: LlavaModel, report: Report, groups: Sequence[Sequence[tuple[in
     sequences = []
     for number, group in enumerate(groups):
         for side, (row, length) in enumerate(group):
-            has_image = report.records[row].get("image") is not None
-            n = _used(length) - has_image * (model.core.tokens_per_image - 1)
+            n = _used(length) - length.n_images * (model.core.tokens_per_image - 1)
             answer = max(min(length.n_targets, n - 2), 0)
             ids = np.full(n, 3 + number % 64, np.int32)
             labels = np.full(n, IGNORE_INDEX, np.int32)
             ids[n - answer:] += 64 * side
             labels[n - answer:] = ids[n - answer:]
-            if has_image:
-                ids[1] = IMAGE_TOKEN_INDEX
-            sequences.append(Tokens(ids, labels, (number,) if has_image else (), sample=row))
+            ids[1:1 + length.n_images] = IMAGE_TOKEN_INDEX
+            sequences.append(Tokens(ids, labels, tuple((number, i) for i in range(length.n_images)), sample=row))
     trees, batch = model.batch(sequences)
     run = stllava_c.Run(model.core)
     if plan.recompute:

@@ -1,7 +1,7 @@
 """Images that look alike: a 64-bit perceptual hash finds candidates, a small grey picture decides.
 
 The hash alone is not enough for medical pictures: radiographs of two patients share most of what it sees. Those of one picture, scaled, compressed
-anew or a little brighter, agree in the small picture as well, up to a line of grey values.
+anew or a little brighter, agree in the small picture as well. So do many neighbouring slices of one volume, which belong into one split as much.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["MAX_DISTANCE", "MIN_LIKENESS", "Print", "close_pairs", "fingerprint"
 SIDE, LOW = 32, 8
 MAX_DISTANCE = 7
 """Bits of the hash in which candidates may differ."""
-MIN_LIKENESS = 0.995
+MIN_LIKENESS = 0.985
 """Correlation of the small pictures from which two are one."""
 _FLAT = 2.0  # standard deviation in grey levels below which a picture has no likeness to anything
 _BATCH = 1 << 20  # candidates compared at a time

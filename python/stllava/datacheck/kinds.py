@@ -37,7 +37,9 @@ KINDS: dict[str, Kind] = {
     # image markers and characters
     "marker_missing": Kind("error", "the row has an image, but no <image> says where", "put '<image>\\n' in front of the first question"),
     "marker_without_image": Kind("error", "<image> in a row without image", "give the row its image, or remove the marker"),
-    "marker_place": Kind("error", "<image> outside the first question", "move it there; as literal text it cannot be trained on"),
+    "marker_place": Kind("error", "<image> outside the first question; with several images, in an answer",
+                         "move it there; as literal text it cannot be trained on"),
+    "marker_count": Kind("error", "several images, and not as many <image>", "give every image its marker, in the order of the images"),
     "marker_repeated": Kind("warning", "several <image> in the first question, one image", "leave one; training makes it one"),
     "special_token_text": Kind("warning", "the text of a control token in somebody's words",
                                "remove it, unless people wrote it: here it stays text, the original's tokenizer makes it a control token"),

@@ -9,14 +9,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from stllava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from stllava.data.formats import images_of
 from stllava.text.interface import AnyTokenizer
 from stllava.text.labels import Sample
 
-from .rows import PAIR_SIDES, turns_of
+from .rows import dialogues_of
 from .tokens import TokenRules
 
 __all__ = ["MEANING", "Masked", "Part", "choose_rows", "masked"]
 
+_HALF = "\N{REPLACEMENT CHARACTER}"
 Role: TypeAlias = Literal["context", "target", "asked", "cut"]
 MEANING: dict[Role, str] = {"context": "context, masked", "target": "target", "asked": "self-asked question, a target",
                             "cut": "behind the limit, not seen"}
@@ -47,12 +49,10 @@ def choose_rows(rows: Sequence[int], n: int, seed: int) -> list[int]:
 
 def masked(record: Mapping[str, Any], row: int, rules: TokenRules) -> list[Masked]:
     """The row's sequences as epoch 0 sees them. Raises ConversationError for a row that the template cannot hold."""
-    sides = {"": turns_of(record)} if PAIR_SIDES[0] not in record else {
-        name: record[side] for name, side in zip(("chosen", "rejected"), PAIR_SIDES, strict=True)}
     found = []
-    for side, turns in sides.items():
+    for side, turns in dialogues_of(record).items():
         switched = set() if side else rules.switches(record, row)
-        sample = rules.sample(turns, record.get("image") is not None, switched)
+        sample = rules.sample(turns, len(images_of(record)), switched)
         found.append(Masked(row, side, list(_parts(sample, switched, rules))))
     return found
 
@@ -73,21 +73,27 @@ def _parts(sample: Sample, switched: set[int], rules: TokenRules) -> Iterator[Pa
 
 
 def _texts(ids: Sequence[int], rules: TokenRules) -> list[str]:
-    """What each id adds to the text; joined, they are the whole. A token that completes a character has all of it."""
+    """What each id adds to the text; joined, they are the whole. Of a character's tokens the last has all of it."""
     special = {i: text for text, i in rules.tokenizer.special_ids.items()} | {IMAGE_TOKEN_INDEX: f"[image: {rules.tokens_per_image} rows]"}
     texts: list[str] = []
     run: list[int] = []
-    for i in ids:
-        if i in special:
-            texts.append(special[i])
+    for i in (*ids, None):
+        if i is None or i in special:
+            texts += _texts_of_run(run, rules.tokenizer)
+            texts += [] if i is None else [special[i]]
             run = []
         else:
             run.append(i)
-            texts.append(_added(rules.tokenizer, run))
     return texts
 
 
-def _added(tokenizer: AnyTokenizer, run: Sequence[int]) -> str:
-    """The last tokens decide: what is before them is the same with and without the newest."""
-    known, text = tokenizer.decode(run[-9:-1], False), tokenizer.decode(run[-9:], False)
-    return text[len(known):] if text.startswith(known) else text[-1:]
+def _texts_of_run(run: list[int], tokenizer: AnyTokenizer) -> list[str]:
+    """As `stllava.text.stream` does it: the newest tokens are decoded with those before them that their text may depend on."""
+    texts = [""] * len(run)
+    begin = end = 0
+    for n in range(1, len(run) + 1):
+        known, text = tokenizer.decode(run[begin:end], False), tokenizer.decode(run[begin:n], False)
+        if len(text) > len(known) and (n == len(run) or not text.endswith(_HALF)):
+            texts[n - 1] = text[len(known):]
+            begin, end = end, n
+    return texts

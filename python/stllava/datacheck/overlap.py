@@ -6,16 +6,18 @@ A value that several rows share is reported once for each row after the first, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from stllava.constants import DEFAULT_IMAGE_TOKEN
+from stllava.data.formats import images_of
 
 from .hashes import Print, near_pairs
-from .pictures import Picture, digests
-from .rows import PAIR_SIDES, quoted, turns_of
+from .pictures import Picture, digests, key_of
+from .rows import PAIR_SIDES, quoted
 
 __all__ = ["PATIENT_FIELDS", "OtherFile", "leaking_pictures", "leaking_rows", "repeated_pictures", "repeated_rows"]
 
@@ -24,16 +26,17 @@ PATIENT_FIELDS = ("patient_id", "subject_id", "study_id", "patient", "subject", 
 
 @dataclass(slots=True)
 class OtherFile:
-    """A file that training data must not overlap with: its records, and their pictures in the order of `names`."""
+    """A file that training data must not overlap with: its records, where their images lie, and what was found there."""
 
     name: str
     records: Sequence[Mapping[str, Any]]
+    folder: Path
     pictures: list[Picture] = field(default_factory=list)
 
 
 def dialogue_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(role, text) of the well-formed turns of an instruction row, of a pair's chosen side, or of a question file's row."""
-    turns = record.get(PAIR_SIDES[0]) if PAIR_SIDES[0] in record else turns_of(record)
+    turns = record.get(PAIR_SIDES[0]) if PAIR_SIDES[0] in record else record.get("conversations")
     if turns is None:
         turns = [{"from": "human", "value": record[key]} for key in ("text", "question") if isinstance(record.get(key), str)][:1]
     if not isinstance(turns, list):
@@ -42,9 +45,8 @@ def dialogue_of(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             if isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)]
 
 
-def image_of(record: Mapping[str, Any]) -> str | None:
-    image = record.get("image")
-    return image if isinstance(image, str) else None
+def image_keys(record: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    return tuple(key_of(image) for image in images_of(record))
 
 
 def plain(text: str) -> str:
@@ -72,17 +74,17 @@ def repeated_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, s
         if not dialogue:
             continue
         other = [turn for turn in record.get(PAIR_SIDES[1]) or () if isinstance(turn, dict)][-1:]
-        first = rows.setdefault(_key(record.get("image"), dialogue, other), row)
+        first = rows.setdefault(_key(image_keys(record), dialogue, other), row)
         if first != row:
             yield row, "row_duplicate", f"as row {first}"
-        elif PAIR_SIDES[0] not in record and image_of(record) is not None:
+        elif PAIR_SIDES[0] not in record and image_keys(record):
             yield from _conflicts(row, record, dialogue, answers)
 
 
 def _conflicts(row: int, record: Mapping[str, Any], dialogue: list[tuple[str, str]],
                answers: dict[bytes, tuple[int, str]]) -> Iterator[tuple[int, str, str]]:
     """A question means what it means after the turns before it, so those belong to the key."""
-    before = [image_of(record)]
+    before: list[object] = [image_keys(record)]
     for (role, question), (next_role, answer) in pairwise(dialogue):
         if role == "human" and next_role == "gpt":
             first, known = answers.setdefault(_key(*before, plain(question)), (row, plain(answer)))
@@ -92,23 +94,23 @@ def _conflicts(row: int, record: Mapping[str, Any], dialogue: list[tuple[str, st
         before.append(plain(question))
 
 
-def repeated_pictures(pictures: Sequence[Picture]) -> Iterator[tuple[str, str, str]]:
-    """(image name, kind, text) of pictures that were there under another name."""
+def repeated_pictures(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, str, str]]:
+    """(picture, kind, text) of pictures that were there under another name."""
     content = digests(pictures)
     first_of: dict[bytes, Picture] = {}
     fresh = []
     for picture in pictures:
-        key = content.get(str(picture.path))
+        key = content.get(picture.place)
         first = picture if key is None else first_of.setdefault(key, picture)
-        if first.path == picture.path:
+        if first.place == picture.place:
             fresh.append(picture)
         else:
-            yield picture.name, "image_duplicate", f"the bytes of {quoted(first.name)}"
+            yield picture, "image_duplicate", f"the bytes of {quoted(first.name)}"
     earliest: dict[int, int] = {}
     for i, j in near_pairs([picture.print for picture in fresh]):
         earliest[j] = min(i, earliest.get(j, i))
     for j, i in sorted(earliest.items()):
-        yield fresh[j].name, "image_near_duplicate", f"looks like {quoted(fresh[i].name)}"
+        yield fresh[j], "image_near_duplicate", f"looks like {quoted(fresh[i].name)}"
 
 
 # ---- against another file --------------------------------------------------------------------------------------------------------
@@ -129,28 +131,26 @@ def leaking_rows(records: Sequence[Mapping[str, Any]], other: OtherFile, patient
             yield rows[0], "leak_patient", f"{name} as row {there[value]} of {other.name}{_also(len(rows), 'row')}"
     asked: dict[bytes, int] = {}
     for row, record in enumerate(other.records):
-        if image_of(record) is not None and (dialogue := dialogue_of(record)):
-            asked.setdefault(_key(image_of(record), plain(dialogue[0][1])), row)
+        if image_keys(record) and (dialogue := dialogue_of(record)):
+            asked.setdefault(_key(image_keys(record), plain(dialogue[0][1])), row)
     for row, record in enumerate(records):
-        if image_of(record) is not None and (dialogue := dialogue_of(record)):
-            first = asked.get(_key(image_of(record), plain(dialogue[0][1])))
+        if image_keys(record) and (dialogue := dialogue_of(record)):
+            first = asked.get(_key(image_keys(record), plain(dialogue[0][1])))
             if first is not None:
                 yield row, "leak_row", f"{quoted(plain(dialogue[0][1]))} as row {first} of {other.name}"
 
 
-def leaking_pictures(pictures: Sequence[Picture], other: OtherFile) -> Iterator[tuple[str, str, str]]:
-    """(image name, kind, text): the same file, the same bytes, or a picture that looks alike."""
+def leaking_pictures(pictures: Sequence[Picture], other: OtherFile) -> Iterator[tuple[Picture, str, str]]:
+    """(picture, kind, text): the same file, the same bytes, or a picture that looks alike."""
     content = digests([*pictures, *other.pictures])
-    paths = {picture.path.resolve(): picture.name for picture in other.pictures if picture.path is not None}
-    bytes_there = {content[str(p.path)]: p.name for p in other.pictures if str(p.path) in content}
+    places = {picture.place: picture.name for picture in other.pictures if picture.place}
+    bytes_there = {content[picture.place]: picture.name for picture in other.pictures if picture.place in content}
     fresh = []
     for picture in pictures:
-        if picture.path is None:
-            continue
-        if (name := paths.get(picture.path.resolve())) is not None:
-            yield picture.name, "leak_image", f"the file {quoted(name)} of {other.name}"
-        elif (name := bytes_there.get(content.get(str(picture.path), b""))) is not None:
-            yield picture.name, "leak_image", f"the bytes of {quoted(name)} of {other.name}"
+        if (name := places.get(picture.place)) is not None:
+            yield picture, "leak_image", f"the file {quoted(name)} of {other.name}"
+        elif (name := bytes_there.get(content.get(picture.place, b""))) is not None:
+            yield picture, "leak_image", f"the bytes of {quoted(name)} of {other.name}"
         else:
             fresh.append(picture)
     prints: list[Print | None] = [picture.print for picture in (*fresh, *other.pictures)]
@@ -159,7 +159,7 @@ def leaking_pictures(pictures: Sequence[Picture], other: OtherFile) -> Iterator[
         if i < len(fresh) <= j:
             found.setdefault(i, j - len(fresh))
     for i, j in sorted(found.items()):
-        yield fresh[i].name, "leak_near_duplicate", f"looks like {quoted(other.pictures[j].name)} of {other.name}"
+        yield fresh[i], "leak_near_duplicate", f"looks like {quoted(other.pictures[j].name)} of {other.name}"
 
 
 def _also(n: int, what: str) -> str:

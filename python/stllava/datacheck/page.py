@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .check import Report
 from .estimate import Estimate
 from .kinds import KINDS, Finding
 from .masks import MEANING, Masked
+from .overlap import image_keys
 from .pictures import thumbnail
 from .screen import duration, length_lines, size_text
 from .summary import Lengths, lengths_of, pictures_of
@@ -52,18 +53,17 @@ def write_page(path: str | os.PathLike[str], report: Report, samples: Sequence[M
 
 def _examples(report: Report) -> dict[str, list[tuple[Finding, str | None]]]:
     """The first findings of each kind, and the picture of their rows as an address that has it inside, while there is room."""
-    paths = {picture.name: picture.path for picture in report.pictures}
-    shown: dict[str, str | None] = {}
+    pictures = {picture.key: picture for picture in report.pictures}
+    shown: dict[Hashable, str | None] = {}
     examples: dict[str, list[tuple[Finding, str | None]]] = {}
     for finding in report.findings:
         listed = examples.setdefault(finding.kind, [])
         if len(listed) < MAX_EXAMPLES:
-            name = None if finding.row is None else report.records[finding.row].get("image")
-            path = paths.get(name) if isinstance(name, str) else None
-            if name is not None and path is not None and name not in shown and len(shown) < MAX_THUMBNAILS:
-                data = thumbnail(path)
-                shown[name] = None if data is None else "data:image/jpeg;base64," + base64.b64encode(data).decode()
-            listed.append((finding, shown.get(name) if isinstance(name, str) else None))
+            key = None if finding.row is None else next(iter(image_keys(report.records[finding.row])), None)
+            if key in pictures and key not in shown and len(shown) < MAX_THUMBNAILS:
+                data = thumbnail(pictures[key])
+                shown[key] = None if data is None else "data:image/jpeg;base64," + base64.b64encode(data).decode()
+            listed.append((finding, shown.get(key)))
     return examples
 
 

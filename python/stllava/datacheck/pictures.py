@@ -8,25 +8,27 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from stllava.errors import FormatError
-from stllava.images import FORMATS, ImageError, load_image
+from stllava.images import FORMATS, ImageError, Source, load_image
 from stllava.limits import MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PX
 from stllava.paths import inside
 
 from .hashes import Print, fingerprint
 from .kinds import Found
 
-__all__ = ["PictureRules", "Picture", "digests", "probe_all", "thumbnail"]
+__all__ = ["Picture", "PictureRules", "digests", "key_of", "probe_all", "thumbnail"]
 
 _FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF"}
 _END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
@@ -49,10 +51,16 @@ class PictureRules:
 
 @dataclass(slots=True)
 class Picture:
-    """One image name of the data. `path` None: there is no such file, or it is not one file of its own. `size`: (width, height) as stored."""
+    """One image of the data.
 
+    key: equal for equal images, see `key_of`. name: what people call it. source: what `load_image` takes; None where there is nothing to read.
+    place: where it lies, the same for the same file. size: (width, height) as stored.
+    """
+
+    key: Hashable
     name: str
-    path: Path | None = None
+    source: Source | None = None
+    place: str = ""
     n_bytes: int = 0
     format: str = ""
     size: tuple[int, int] | None = None
@@ -60,67 +68,90 @@ class Picture:
     found: list[Found] = field(default_factory=list)
 
 
-def probe_all(folder: Path, names: Sequence[str], rules: PictureRules, tick: Callable[[int], object], threads: int | None = None) -> list[Picture]:
-    """One `Picture` per name, in their order. tick: called with the number of pictures done since."""
+def key_of(image: Any) -> Hashable | None:
+    """A name itself, the digest of an image inside its record; None for what is no image at all."""
+    if isinstance(image, str):
+        return image
+    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
+        return "embedded", hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
+    return None
+
+
+def probe_all(folder: Path, images: Mapping[Hashable, Any], rules: PictureRules, tick: Callable[[int], object],
+              threads: int | None = None) -> list[Picture]:
+    """One `Picture` for each image by its key, in their order. tick: called with the number of pictures done since."""
     with _silent_pillow(), ThreadPoolExecutor(threads or min(8, 2 * (os.cpu_count() or 1))) as pool:
         pictures = []
-        for picture in pool.map(lambda name: probe(folder, name, rules), names):
+        for picture in pool.map(lambda key: probe(folder, key, images[key], rules), images):
             pictures.append(picture)
             tick(1)
     return pictures
 
 
-def probe(folder: Path, name: str, rules: PictureRules) -> Picture:
-    picture = Picture(name)
+def probe(folder: Path, key: Hashable, image: Any, rules: PictureRules) -> Picture:
+    if not isinstance(image, str):
+        picture = Picture(key, "an image inside its record", image["bytes"], str(key), len(image["bytes"]))
+        _look(picture, rules)
+        return picture
+    picture = Picture(key, image)
     try:
-        picture.path = inside(folder, name)
-        status = os.stat(picture.path)
+        path = inside(folder, image)
+        status = os.stat(path)
     except FormatError as error:
-        picture.found.append(("image_name", str(error).partition(": ")[2] or str(error)))
+        picture.found.append(("image_name", re.sub("link to .*; want", "link that leads out; want", str(error).partition(": ")[2])))
     except (FileNotFoundError, NotADirectoryError):
-        picture.path = None
         picture.found.append(("image_missing", "no such file"))
     except OSError as error:
         picture.found.append(("image_damaged", f"cannot be read: {error.strerror or error}"))
     else:
-        picture.n_bytes = status.st_size
         if not stat.S_ISREG(status.st_mode):
             picture.found.append(("image_damaged", "not a regular file"))
-            picture.path = None
-        elif not status.st_size:
-            picture.found.append(("image_empty", "0 bytes"))
-        elif status.st_size > MAX_IMAGE_BYTES:
-            picture.found.append(("image_limit", f"{status.st_size} bytes, limit {MAX_IMAGE_BYTES}"))
         else:
-            _look(picture, picture.path, rules)
+            picture.source, picture.place, picture.n_bytes = path, str(path.resolve()), status.st_size
+            _look(picture, rules)
     return picture
 
 
-def _look(picture: Picture, path: Path, rules: PictureRules) -> None:
+def content(picture: Picture) -> BinaryIO:
+    """The file, or what stands for it. Raises OSError."""
+    if isinstance(picture.source, bytes):
+        return io.BytesIO(picture.source)
+    assert isinstance(picture.source, Path)
+    return open(os.open(picture.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def _look(picture: Picture, rules: PictureRules) -> None:
+    if not picture.n_bytes:
+        picture.found.append(("image_empty", "0 bytes"))
+        return
+    if picture.n_bytes > MAX_IMAGE_BYTES:
+        picture.found.append(("image_limit", f"{picture.n_bytes} bytes, limit {MAX_IMAGE_BYTES}"))
+        return
     try:
-        with _opened(path) as image:
-            header = list(_header_findings(image, picture, rules))
-            decode = rules.deep or _is_cut(path, picture)
+        with content(picture) as file, Image.open(file, formats=FORMATS) as image:
+            header = list(_header_findings(image, file, picture, rules))
+            decode = rules.deep or _is_cut(file, picture)
             if rules.prints and not decode:
                 image.draft("L", (64, 64))
                 picture.print = fingerprint(image)
-    except (MemoryError, ImageError):
+    except MemoryError:
         raise
     except UnidentifiedImageError:
         picture.found.append(("image_damaged", f"not one of {', '.join(FORMATS)}, or damaged in the header"))
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise a dozen types for damaged files
-        picture.found.append(("image_damaged", f"cannot be read: {_without_path(error, path)}"))
+        picture.found.append(("image_damaged", f"cannot be read: {_without_place(error, picture)}"))
     else:
         picture.found += header
         if decode and not any(kind == "image_limit" for kind, _ in header):
-            _decode(picture, path, rules)
+            _decode(picture, rules)
 
 
-def _decode(picture: Picture, path: Path, rules: PictureRules) -> None:
+def _decode(picture: Picture, rules: PictureRules) -> None:
+    assert picture.source is not None
     try:
-        rgb = load_image(path).rgb
+        rgb = load_image(picture.source).rgb
     except ImageError as error:
-        picture.found.append(("image_damaged", _without_path(error, path)))
+        picture.found.append(("image_damaged", _without_place(error, picture)))
         return
     if rules.deep and (rgb == rgb[0, 0]).all():
         picture.found.append(("image_blank", f"all {rgb.shape[1]}x{rgb.shape[0]} pixels are {tuple(map(int, rgb[0, 0]))}"))
@@ -128,7 +159,7 @@ def _decode(picture: Picture, path: Path, rules: PictureRules) -> None:
         picture.print = fingerprint(Image.fromarray(rgb))
 
 
-def _header_findings(image: Image.Image, picture: Picture, rules: PictureRules) -> Iterator[Found]:
+def _header_findings(image: Image.Image, file: BinaryIO, picture: Picture, rules: PictureRules) -> Iterator[Found]:
     picture.format, picture.size = "JPEG" if image.format == "MPO" else image.format or "", image.size
     width, height = image.size
     expected = _FORMAT_OF.get(PurePosixPath(picture.name).suffix.lower())
@@ -141,7 +172,7 @@ def _header_findings(image: Image.Image, picture: Picture, rules: PictureRules) 
     orientation = _orientation(image)
     if orientation != 1:
         yield "image_rotated", f"EXIF orientation {orientation}"
-    if image.mode.startswith(("I", "F")) or (picture.format == "PNG" and _png_depth(picture.path) == 16):
+    if image.mode.startswith(("I", "F")) or (picture.format == "PNG" and _byte_at(file, _PNG_DEPTH_AT) == 16):
         yield "image_16bit", f"mode {image.mode}"
     elif image.mode not in _PLAIN_MODES:
         yield "image_colours", f"mode {image.mode}"
@@ -149,12 +180,6 @@ def _header_findings(image: Image.Image, picture: Picture, rules: PictureRules) 
         yield "image_alpha", f"mode {image.mode}"
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         yield "image_frames", f"{getattr(image, 'n_frames', 1)} frames"
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file, Image.open(file, formats=FORMATS) as image:
-        yield image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -167,24 +192,28 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _png_depth(path: Path | None) -> int:
-    assert path is not None
-    with open(path, "rb") as file:
-        file.seek(_PNG_DEPTH_AT)
-        return (file.read(1) or b"\0")[0]
+def _byte_at(file: BinaryIO, place: int) -> int:
+    before = file.tell()
+    file.seek(place)
+    value = (file.read(1) or b"\0")[0]
+    file.seek(before)
+    return value
 
 
-def _is_cut(path: Path, picture: Picture) -> bool:
+def _is_cut(file: BinaryIO, picture: Picture) -> bool:
     mark = _END_MARK.get(picture.format)
     if mark is None:
         return False
-    with open(path, "rb") as file:
-        file.seek(max(picture.n_bytes - _TAIL, 0))
-        return mark not in file.read()
+    before = file.tell()
+    file.seek(max(picture.n_bytes - _TAIL, 0))
+    tail = file.read()
+    file.seek(before)
+    return mark not in tail
 
 
-def _without_path(error: Exception, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ") or repr(error)
+def _without_place(error: Exception, picture: Picture) -> str:
+    name = str(picture.source) if isinstance(picture.source, Path) else "picture in memory"
+    return str(error).removeprefix(f"{name}: ") or repr(error)
 
 
 @contextmanager
@@ -195,36 +224,34 @@ def _silent_pillow() -> Iterator[None]:
         yield
 
 
-def digests(pictures: Iterable[Picture]) -> Mapping[str, bytes]:
-    """Name -> hash of the content, of those pictures whose size in bytes another one has too: all others cannot be equal to any."""
-    by_size: dict[int, list[Picture]] = {}
+def digests(pictures: Iterable[Picture]) -> dict[str, bytes]:
+    """Place -> hash of the content, of those pictures whose size in bytes another one has too: all others cannot be equal to any."""
+    by_size: dict[int, dict[str, Picture]] = {}
     for picture in pictures:
-        if picture.path is not None and picture.n_bytes:
-            by_size.setdefault(picture.n_bytes, []).append(picture)
+        if picture.place and picture.n_bytes:
+            by_size.setdefault(picture.n_bytes, {})[picture.place] = picture
     found = {}
     for group in by_size.values():
-        if len({picture.path for picture in group}) > 1:
-            for picture in group:
-                assert picture.path is not None
-                try:
-                    found[str(picture.path)] = _digest(picture.path)
-                except OSError:
-                    continue  # reported as unreadable
+        for picture in group.values() if len(group) > 1 else ():
+            with suppress(OSError):  # reported as unreadable
+                found[picture.place] = _digest(picture)
     return found
 
 
-def _digest(path: Path) -> bytes:
+def _digest(picture: Picture) -> bytes:
     state = hashlib.blake2b(digest_size=16)
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with content(picture) as file:
         while block := file.read(_BLOCK):
             state.update(block)
     return state.digest()
 
 
-def thumbnail(path: Path, side: int = 96) -> bytes | None:
+def thumbnail(picture: Picture, side: int = 96) -> bytes | None:
     """A small JPEG of the picture as training reads it; None where it cannot be read."""
+    if picture.source is None:
+        return None
     try:
-        image = Image.fromarray(load_image(path).rgb)
+        image = Image.fromarray(load_image(picture.source).rgb)
     except (ImageError, MemoryError):
         return None
     image.thumbnail((side, side))

@@ -9,13 +9,14 @@ from typing import Any
 from stllava.checkpoint.strict_json import is_text
 from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.conversation import Conversation, SeparatorStyle
+from stllava.data.formats import images_of, why_not
 from stllava.limits import MAX_ROW_CHARS
 
 from .kinds import Found
 
-__all__ = ["PAIR_SIDES", "TextRules", "pair_findings", "printable", "quoted", "row_findings", "short", "turns_of"]
+__all__ = ["PAIR_SIDES", "TextRules", "dialogues_of", "pair_findings", "printable", "quoted", "row_findings", "short"]
 
-PAIR_SIDES = ("chosen_conversations", "reject_conversations")
+PAIR_SIDES, _SIDES = ("chosen_conversations", "reject_conversations"), ("chosen", "rejected")
 MANY_TIMES, MANY_WORDS = 8, 50  # one answer of a pair is longer by this factor, and by this many words
 
 _SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<im_start>",
@@ -36,33 +37,33 @@ class TextRules:
         self.tags = re.compile(rf"(?:^|(?<=\s))(?:{tags}):") if has_tags else None
 
 
-def turns_of(record: Mapping[str, Any]) -> Any:
-    """The dialogue, also under LLaVA-Med's older misspelt key."""
-    return record.get("conversations", record.get("conversatons"))
+def dialogues_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The dialogues of a neutral record: "" of an instruction row, "chosen" and "rejected" of a pair."""
+    return {"": record["conversations"]} if PAIR_SIDES[0] not in record else {side: record[key] for side, key in zip(_SIDES, PAIR_SIDES, strict=True)}
 
 
 def row_findings(record: Mapping[str, Any], rules: TextRules) -> Iterator[Found]:
     """Findings of an instruction row or a VQA item."""
-    turns = turns_of(record)
+    turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        yield "no_turns", f"'conversations' is {_kind_of(turns)}, the row has the keys {_keys(record)}"
+        yield "no_turns", why_not(record, "instruction") or f"'conversations' is {_kind_of(turns)}, the row has the keys {_keys(record)}"
         return
     if (kind := record.get("answer_type")) is not None and kind not in ("OPEN", "CLOSED"):
         yield "answer_type", f"{quoted(str(kind))}"
-    yield from _turn_findings(turns, record.get("image") is not None, rules)
+    yield from _turn_findings(turns, len(images_of(record)), rules)
 
 
 def pair_findings(record: Mapping[str, Any], rules: TextRules) -> Iterator[Found]:
     """Findings of a preference pair, as `stllava.data.dpo.normalise_pair` returns it."""
     missing = [side for side in PAIR_SIDES if not isinstance(record.get(side), list) or not record[side]]
     if missing:
-        yield "pair_side", f"{' and '.join(map(repr, missing))} missing or empty, the row has the keys {_keys(record)}"
+        yield "pair_side", (why_not(record, "pair") or
+                            f"{' and '.join(map(repr, missing))} missing or empty, the row has the keys {_keys(record)}")
         return
-    has_image = record.get("image") is not None
-    chosen, rejected = (list(_turn_findings(record[side], has_image, rules)) for side in PAIR_SIDES)
+    chosen, rejected = (list(_turn_findings(record[side], len(images_of(record)), rules)) for side in PAIR_SIDES)
     common = set(chosen) & set(rejected)
     yield from (found for found in chosen if found in common)
-    for side, found in (("chosen", chosen), ("rejected", rejected)):
+    for side, found in zip(_SIDES, (chosen, rejected), strict=True):
         yield from ((kind, f"{side}: {text}") for kind, text in found if (kind, text) not in common)
     if any(kind in ("turn_shape", "half_character") for kind, _ in chosen + rejected):
         return
@@ -86,7 +87,7 @@ def _answer_findings(chosen: str, rejected: str) -> Iterator[Found]:
             yield "pair_length", f"the chosen answer has {n} words, the rejected one {m}"
 
 
-def _turn_findings(turns: list[Any], has_image: bool, rules: TextRules) -> Iterator[Found]:
+def _turn_findings(turns: list[Any], n_images: int, rules: TextRules) -> Iterator[Found]:
     shapes = [_shape_of(turn) for turn in turns]
     if any(shapes):
         yield from (("turn_shape", f"turn {i} {shape}") for i, shape in enumerate(shapes) if shape)
@@ -96,7 +97,7 @@ def _turn_findings(turns: list[Any], has_image: bool, rules: TextRules) -> Itera
         return
     yield from _role_findings(turns)
     if turns[1:] or turns[0]["from"] != "gpt":
-        yield from _marker_findings(turns, has_image)
+        yield from _marker_findings(turns, n_images)
     for i, turn in enumerate(turns):
         yield from ((kind, f"turn {i}: {text}") for kind, text in _word_findings(turn["value"], rules))
 
@@ -133,17 +134,21 @@ def _role_findings(turns: list[dict[str, str]]) -> Iterator[Found]:
             yield "turn_empty", f"turn {i}, from {quoted(turn['from'])}, is {quoted(turn['value'])}"
 
 
-def _marker_findings(turns: list[dict[str, str]], has_image: bool) -> Iterator[Found]:
+def _marker_findings(turns: list[dict[str, str]], n_images: int) -> Iterator[Found]:
+    """One image: a marker in the first question. Several: as many markers, in any questions."""
     first = int(turns[0]["from"] == "gpt")
     counts = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns[first:]]
-    if not has_image:
+    if not n_images:
         if sum(counts):
             yield "marker_without_image", f"{DEFAULT_IMAGE_TOKEN} {sum(counts)} times, and no image"
     elif not sum(counts):
         yield "marker_missing", f"no {DEFAULT_IMAGE_TOKEN} in {len(counts)} turns"
-    elif sum(counts[1:]):
-        yield "marker_place", f"{DEFAULT_IMAGE_TOKEN} in turn {', '.join(str(i + first) for i, n in enumerate(counts) if n and i)}"
-    elif counts[0] > 1:
+    elif sum(counts[1:] if n_images == 1 else counts[1::2]):
+        wrong = [i for i, n in enumerate(counts) if n and (i if n_images == 1 else i % 2)]
+        yield "marker_place", f"{DEFAULT_IMAGE_TOKEN} in turn {', '.join(str(i + first) for i in wrong)}"
+    elif n_images > 1 and sum(counts) != n_images:
+        yield "marker_count", f"{sum(counts)} times {DEFAULT_IMAGE_TOKEN} for {n_images} images"
+    elif n_images == 1 and counts[0] > 1:
         yield "marker_repeated", f"{counts[0]} times {DEFAULT_IMAGE_TOKEN}"
 
 

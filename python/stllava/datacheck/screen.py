@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .check import Report
 from .estimate import Estimate
-from .kinds import KINDS, Finding
+from .kinds import SEVERITIES, Finding
 from .masks import MEANING, Masked
 from .summary import Lengths, lengths_of, pictures_of
 
@@ -22,11 +22,15 @@ __all__ = ["duration", "print_report", "size_text"]
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 STYLES = {"context": "dim", "target": "bold green", "asked": "bold magenta", "cut": "strike dim red"}
 BAR_WIDTH = 40
-MAX_KINDS = 30
+MAX_KINDS = 40
+FILE_WIDTH = 150  # where nobody says how wide a line may be
+MAX_PART = 300  # characters of masked text shown of one stretch
 
 
 def print_report(report: Report, samples: Sequence[Masked] = (), cost: Estimate | None = None, file: IO[str] | None = None) -> None:
     console = Console(file=file or sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     images = pictures_of(report.pictures)
     formats = ", ".join(f"{n} {name}" for name, n in images.formats) or "none read"
     console.print(f"[bold]{escape(report.data)}[/bold]: {len(report.records)} {'pairs' if report.form == 'dpo' else 'rows'}, template "
@@ -43,7 +47,7 @@ def print_report(report: Report, samples: Sequence[Masked] = (), cost: Estimate 
         _print_cost(console, cost)
     for sample in samples:
         _print_sample(console, sample)
-    n = {severity: report.n_of(severity) for severity in COLOURS}
+    n = {severity: report.n_of(severity) for severity in SEVERITIES}
     console.print(", ".join(f"[{COLOURS[severity]}]{count} {severity}{'' if count == 1 else 's'}[/]" for severity, count in n.items()))
 
 
@@ -56,13 +60,13 @@ def _print_findings(console: Console, report: Report) -> None:
         console.print("nothing found", style="green")
         return
     table = Table(box=None, padding=(0, 1), show_edge=False)
-    table.add_column("kind", no_wrap=True)
-    table.add_column("n", justify="right")
-    table.add_column("what it means; the first")
+    table.add_column("kind", no_wrap=True, min_width=max(map(len, first)))
+    table.add_column("n", justify="right", min_width=max(len(str(n)) for _, n in counts))
+    table.add_column("the first of them", no_wrap=True, overflow="ellipsis")
     for kind, n in counts[:MAX_KINDS]:
         finding = first[kind]
         where = "" if finding.row is None else f"row {finding.row} (id {finding.id}): "
-        table.add_row(Text(kind, COLOURS[finding.severity]), str(n), Text(f"{KINDS[kind].means}. {where}{finding.text}"))
+        table.add_row(Text(kind, COLOURS[finding.severity]), str(n), Text(f"{where}{finding.text}"))
     console.print(table)
     if len(counts) > MAX_KINDS:
         console.print(f"and {len(counts) - MAX_KINDS} kinds more", style="dim")
@@ -107,7 +111,8 @@ def _print_cost(console: Console, cost: Estimate) -> None:
 def _print_sample(console: Console, sample: Masked) -> None:
     text = Text(f"row {sample.row} {sample.title}".rstrip() + "  ", "bold")
     for part in sample.parts:
-        text.append(part.text, STYLES[part.role])
+        shown = part.text if len(part.text) <= MAX_PART else f"{part.text[:MAX_PART // 2]} ... {part.text[-MAX_PART // 2:]}"
+        text.append(shown if part.role == "context" else part.text, STYLES[part.role])
     console.print(text)
     present = [role for role in MEANING if any(part.role == role for part in sample.parts)]
     console.print(Text.assemble(*((f"{MEANING[role]} ({sum(part.n_tokens for part in sample.parts if part.role == role)} tokens)  ", STYLES[role])

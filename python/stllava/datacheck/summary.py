@@ -52,8 +52,9 @@ def lengths_of(report: Report) -> Lengths | None:
     """None without a tokenizer, or where no row can be tokenised."""
     if not report.lengths:
         return None
-    table = np.array([length for _, length in report.lengths], np.int64)
-    rows, cut, targets, asked, lost, later, switched = table.T
+    rows, cut, targets, asked, lost, later, switched = (
+        np.array([getattr(length, name) for _, length in report.lengths], np.int64)
+        for name in ("n_rows", "n_cut", "n_targets", "n_asked", "n_lost", "n_later", "n_switched"))
     step = _round_step(int(rows.max()))
     counts = np.bincount(rows // step)
     bars = [Bar(i * step, (i + 1) * step, int(n)) for i, n in enumerate(counts)]

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 from stllava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from stllava.conversation import Conversation, ConversationError, SeparatorStyle
-from stllava.data.sft import text_budget
+from stllava.data.formats import images_of
+from stllava.data.sft import self_asked, text_budget
 from stllava.text.interface import AnyTokenizer
-from stllava.text.labels import Sample, build_sample, draw_switches
+from stllava.text.labels import Sample, build_sample
 from stllava.text.labels_compat import preprocess_compat
 
 from .kinds import Found
-from .rows import PAIR_SIDES, turns_of
+from .rows import dialogues_of
 
 __all__ = ["Length", "TokenRules", "remembering", "tokenise"]
 
@@ -27,12 +28,14 @@ _REMEMBERED = 4096
 class Length(NamedTuple):
     """One sequence in rows of the model, image rows included. `n_cut` of them lie behind the limit; targets are those before it.
 
-    n_asked: targets that are self-asked questions. n_lost: targets behind the limit. n_later, n_switched: later questions, and those the model asks.
+    n_asked: targets that are self-asked questions. n_lost: targets behind the limit. n_later: later questions of a dialogue with image, n_switched:
+    those that the model asks.
     """
 
     n_rows: int
     n_cut: int
     n_targets: int
+    n_images: int
     n_asked: int
     n_lost: int
     n_later: int
@@ -57,12 +60,10 @@ class TokenRules:
 
     def switches(self, record: Mapping[str, Any], row: int) -> set[int]:
         """The questions that the model asks itself in epoch 0, as training draws them."""
-        if record.get("image") is None or not self.sq_r:
-            return set()
-        return draw_switches(len(turns_of(record)), self.sq_r, self.seed, 0, record.get("id", row))
+        return self_asked(record, row, self.sq_r, self.seed, epoch=0) if self.sq_r else set()
 
-    def sample(self, turns: list[dict[str, Any]], has_image: bool, switched: set[int]) -> Sample:
-        return build_sample(turns, self.template, self.tokenizer, has_image=has_image, switched=switched)
+    def sample(self, turns: list[dict[str, Any]], n_images: int, switched: set[int]) -> Sample:
+        return build_sample(turns, self.template, self.tokenizer, has_image=n_images > 0, n_images=n_images, switched=switched)
 
     def budget(self, sample: Sample) -> int:
         limit = text_budget(self.max_length, sample.input_ids.count(IMAGE_TOKEN_INDEX), self.tokens_per_image)
@@ -83,29 +84,28 @@ def remembering(tokenizer: AnyTokenizer) -> AnyTokenizer:
 
 def tokenise(record: Mapping[str, Any], row: int, rules: TokenRules) -> tuple[list[Length], list[Found]]:
     """Lengths of a row's sequences (a pair has two) and what is to be said about them. `record` has passed the checks of `rows` without an error."""
-    sides: dict[str, Any] = {"": turns_of(record)} if PAIR_SIDES[0] not in record else {
-        f"{name}: ": record[side] for name, side in zip(("chosen", "rejected"), PAIR_SIDES, strict=True)}
     lengths, found = [], []
-    for side, turns in sides.items():
+    for side, turns in dialogues_of(record).items():
+        prefix = f"{side}: " if side else ""
         try:
             switched = set() if side else rules.switches(record, row)
-            sample = rules.sample(turns, record.get("image") is not None, switched)
+            sample = rules.sample(turns, len(images_of(record)), switched)
         except ConversationError as error:
-            found.append(("conversation", f"{side}{error}"))
+            found.append(("conversation", f"{prefix}{error}"))
             continue
-        lengths.append(_measure(sample, rules, switched, len(turns)))
+        lengths.append(_measure(sample, rules, switched, 0 if side else len(turns)))
         findings = [*_cut_findings(sample, rules), *(_original_findings(sample, turns, rules, switched) if rules.compare else ())]
-        found += [(kind, side + text) for kind, text in findings]
+        found += [(kind, prefix + text) for kind, text in findings]
     return lengths, found
 
 
 def _measure(sample: Sample, rules: TokenRules, switched: set[int], n_turns: int) -> Length:
-    n_ids, budget = len(sample.input_ids), rules.budget(sample)
+    n_ids, n_images, budget = len(sample.input_ids), sample.input_ids.count(IMAGE_TOKEN_INDEX), rules.budget(sample)
     n_targets = sum(min(span.end, budget) - span.begin for span in sample.spans if span.begin < budget)
-    return Length(n_rows=n_ids + sample.input_ids.count(IMAGE_TOKEN_INDEX) * (rules.tokens_per_image - 1), n_cut=n_ids - budget, n_targets=n_targets,
+    return Length(n_rows=n_ids + n_images * (rules.tokens_per_image - 1), n_cut=n_ids - budget, n_targets=n_targets, n_images=n_images,
                   n_asked=sum(min(span.end, budget) - span.begin for span in sample.spans if span.begin < budget and span.turn in switched),
                   n_lost=sum(span.end - span.begin for span in sample.spans) - n_targets,
-                  n_later=len(range(2, n_turns - n_turns % 2, 2)), n_switched=len(switched))
+                  n_later=len(range(2, n_turns - n_turns % 2, 2)) if n_images else 0, n_switched=len(switched))
 
 
 def _cut_findings(sample: Sample, rules: TokenRules) -> Iterator[Found]:
@@ -125,8 +125,8 @@ def _cut_findings(sample: Sample, rules: TokenRules) -> Iterator[Found]:
 
 def _original_findings(sample: Sample, turns: list[dict[str, Any]], rules: TokenRules, switched: set[int]) -> Iterator[Found]:
     """Both without a limit: the original cuts elsewhere by design (spec D15)."""
-    if sample.n_leading_dropped:
-        return  # reported, and the original renders it otherwise
+    if sample.n_leading_dropped or sample.input_ids.count(IMAGE_TOKEN_INDEX) > 1:
+        return  # the first is reported, and the original renders it otherwise; the second it cannot read
     draws, has_image = {i: 0.0 if i in switched else 1.0 for i in range(2, len(turns), 2)}, IMAGE_TOKEN_INDEX in sample.input_ids
     try:
         theirs = preprocess_compat(turns, rules.template, rules.tokenizer, has_image, sq_r=0.5, draws=draws, max_length=_NO_LIMIT)

@@ -64,11 +64,11 @@ class Samples:
         rows = [row for row in judged if row["image"] in chosen]
         questions = [{"id": row["id"], "image": f"{row['image']}.png", "text": row["question"]} for row in rows]
         before, after = (answer_greedily(model, questions, pictures, "report") for model in (sft, dpo))
-        asked = [{"picture": pictures.path(f"{name}.png").read_bytes(), "description": descriptions[name], "questions": [
+        asked = [{"picture": pictures.store.read(f"{name}.png"), "description": descriptions[name], "questions": [
             {"question": row["question"], "before": before[row["id"]], "after": after[row["id"]],
              "candidates": sorted(row["candidates"], key=lambda c: -1 if c["score"] is None else c["score"], reverse=True)}
             for row in rows if row["image"] == name]} for name in chosen]
-        test = [{"picture": pictures.path(name).read_bytes(), "rows": [
+        test = [{"picture": pictures.store.read(name), "rows": [
             {"question": item["conversations"][0]["value"].replace("<image>", "").strip(), "reference": item["conversations"][1]["value"],
              "answers": [(texts[model][item["id"]], scores[model].values[item["id"]]) for model in MODELS]}
             for item in items if item["image"] == name]} for name in _pick(list(dict.fromkeys(item["image"] for item in items)), N_TEST, rng)]

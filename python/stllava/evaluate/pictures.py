@@ -1,4 +1,4 @@
-"""The pictures of a test set: files of a folder, or bytes inside its records."""
+"""The pictures of a test set: files of a folder, members of an archive, or bytes inside its records."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stllava.data.image_store import ImageStore
 from stllava.errors import FormatError
-from stllava.paths import inside
+from stllava.image_source import FileSource, shown_name
 
 __all__ = ["ItemPictures"]
 
@@ -22,21 +23,22 @@ class ItemPictures:
 
     def __init__(self, items: Sequence[Mapping[str, Any]], folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
+        self._store = ImageStore(folder)
         self._held: dict[str, bytes] = {}
         self.items = [self._named(item) for item in items]
         self.names = list(dict.fromkeys(name for item in self.items if isinstance(name := item.get("image"), str)))
 
-    def __call__(self, name: str) -> str | bytes:
+    def __call__(self, name: str) -> FileSource:
         """Raises FormatError for a name that leads out of the folder."""
-        return self._held[name] if name in self._held else str(inside(self.folder or ".", name))
+        return self._held[name] if name in self._held else self._store.source(name)
 
     def require(self) -> None:
         """All are there: hours of answers should not end at a missing file. Raises FormatError listing those that are not."""
-        files = [Path(path) for name in self.names if isinstance(path := self(name), str)]
+        files = [name for name in self.names if name not in self._held]
         if files and self.folder is None:
-            raise FormatError(f"{len(files)} pictures are files, the first {self.names[0]!r}; give --image_folder")
-        missing = [str(path) for path in files if not path.is_file()]
-        if missing:
+            raise FormatError(f"{len(files)} pictures are files, the first {shown_name(files[0])!r}; give --image_folder")
+        sources = {name: self(name) for name in files}
+        if missing := [shown_name(str(self._store.folder / name)) for name in sources if not self._store.exists(name)]:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
             raise FormatError(f"{len(missing)} of {len(files)} pictures are missing: {shown}; is --image_folder right?", path=self.folder)
 
@@ -44,12 +46,7 @@ class ItemPictures:
         """SHA-256 of the content of all of them, in the order of the items."""
         found = hashlib.sha256()
         for name in self.names:
-            source = self(name)
-            if isinstance(source, bytes):
-                found.update(hashlib.sha256(source).digest())
-                continue
-            with open(source, "rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+            found.update(hashlib.sha256(self._held[name] if name in self._held else self._store.read(name)).digest())
         return found.hexdigest()
 
     def _named(self, item: Mapping[str, Any]) -> dict[str, Any]:

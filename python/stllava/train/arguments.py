@@ -35,7 +35,8 @@ class TrainingArguments:
     `lr_scheduler_type`, `lr_scheduler_kwargs` (a dictionary, or its JSON): see `train.schedule`. `evaluation_strategy` is `eval_strategy`, as before.
     `metric_for_best_model`: "loss" where a best model is asked for and no metric is; `greater_is_better`: unless that name ends with "loss".
     `report_to`: "none", "all", or of "tensorboard" and "wandb". `save_safetensors`: .safetensors files in place of torch's .bin.
-    `group_by_length`, `group_by_modality_length` (LLaVA's): see `train.plan`. `early_stopping_patience`: see `callbacks.EarlyStoppingCallback`.
+    `group_by_length`, `group_by_modality_length` (LLaVA's): see `train.plan`. `train_sampling_strategy` "random", "sequential", "group_by_length" is
+    transformers 5's name for `shuffle` and `group_by_length`. `early_stopping_patience`: see `callbacks.EarlyStoppingCallback`.
     `hf_compat` "4.31" or "latest": that transformers' count of updates, left-over micro-batches, logged rate and, unless `loss_reduction` says
     otherwise, SFT's mean: "micro_mean" of micro-batches, or "token_mean" of all targets of an update.
     `repeat_vit_lora`: the decoder's adapter file repeats the tower's adapter, as the original's does.
@@ -86,6 +87,7 @@ class TrainingArguments:
     dataloader_drop_last: bool = False
     group_by_length: bool = False
     group_by_modality_length: bool = False
+    train_sampling_strategy: str | None = None
     gradient_checkpointing: bool = False
     resume_from_checkpoint: str | bool | None = None
     push_to_hub: bool = False
@@ -158,6 +160,10 @@ class TrainingArguments:
         self._one_of("eval_strategy", ("no", "steps", "epoch"))
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
+        if self.train_sampling_strategy is not None:
+            self._one_of("train_sampling_strategy", ("random", "sequential", "group_by_length"))
+            self.shuffle = self.train_sampling_strategy != "sequential"
+            self.group_by_length = self.train_sampling_strategy == "group_by_length"
         if self.group_by_length and self.group_by_modality_length:
             raise ConfigError("group_by_length and group_by_modality_length exclude each other; set one", field="group_by_length")
         needs_metric = self.load_best_model_at_end or self.save_strategy == "best" or self.early_stopping_patience is not None

@@ -62,7 +62,7 @@ class Trainer:
     Config: ClassVar[type[TrainingArguments]] = TrainingArguments
 
     def __init__(self, model: LlavaModel, args: TrainingArguments, train_dataset: Any, eval_dataset: Any = None, *,
-                 trainable: Seq[str] | None = None, callbacks: Seq[TrainerCallback] = (),
+                 trainable: Seq[str] | None = None, callbacks: Seq[TrainerCallback | type[TrainerCallback]] = (),
                  compute_metrics: Callable[[Trainer], dict[str, float]] | None = None) -> None:
         if not isinstance(args, self.Config):
             raise TypeError(f"{type(self).__name__} needs {self.Config.__name__}, got {type(args).__name__}")
@@ -70,9 +70,11 @@ class Trainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ConfigError(f"eval_strategy is {args.eval_strategy!r}, but there is no eval_dataset", field="eval_strategy")
-        self.callbacks = [*callbacks, *trackers(args)]
+        self.callbacks: list[TrainerCallback] = []
+        for callback in (*callbacks, *trackers(args)):
+            self.add_callback(callback)
         if args.early_stopping_patience is not None:
-            self.callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         self.compute_metrics = compute_metrics
         self.plan = _plan(args, train_dataset)
         self.groups = parameter_groups(model, list(trainable) if trainable is not None else default_trainable(model), args)
@@ -89,6 +91,10 @@ class Trainer:
 
     def before_training(self) -> None:
         """What an objective needs once, before the first update."""
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """A class is called without arguments."""
+        self.callbacks.append(callback() if isinstance(callback, type) else callback)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -125,6 +131,9 @@ class Trainer:
         with progress_bar(self.plan.total_steps, label=type(self).__name__.removesuffix("Trainer"), unit="step", done=first,
                           show=not args.disable_tqdm) as bar, atomic.appending(log_file) as log:
             for step, micros in self._updates(first):
+                if step % self.plan.steps_per_epoch == 0:
+                    self._call("on_epoch_begin")
+                self._call("on_step_begin")
                 entry = self._update(step, micros, guard, log)
                 n_items += sum(len(micro.items) for micro in micros)
                 state.global_step, state.epoch = step + 1, round(self.plan.epoch_of(step + 1), 4)
@@ -218,6 +227,8 @@ class Trainer:
         control.should_save = self._due(args.save_strategy, "save_steps")
         control.should_evaluate = self._due(args.eval_strategy, "eval_steps")
         self._call("on_step_end")
+        if state.global_step % self.plan.steps_per_epoch == 0:
+            self._call("on_epoch_end")
         if control.should_log and state.window:
             self._log(log)
         if control.should_evaluate:

@@ -13,7 +13,7 @@ from typing import Any
 import stllava_c
 from stllava.errors import ConfigError
 
-__all__ = ["SCHEDULES", "Schedule", "check_schedule"]
+__all__ = ["DEEPSPEED_SCHEDULES", "SCHEDULES", "Schedule", "check_schedule"]
 
 _ADAPTIVE = ("reduce_lr_on_plateau", "greedy")  # what they do depends on the run so far, which a resumed run would have to have seen
 _RAMPS: dict[str, Callable[[float], float]] = {  # 0 -> 1
@@ -42,7 +42,7 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         try:
-            return SCHEDULES[self.kind](self, step, **self.options)
+            return _FUNCTIONS[self.kind](self, step, **self.options)
         except (ArithmeticError, TypeError, ValueError) as error:
             raise ConfigError(f"lr_scheduler_kwargs {dict(self.options)} are not for {self.kind!r} over {self.total} updates: {error}",
                               field="lr_scheduler_kwargs") from error
@@ -145,12 +145,56 @@ SCHEDULES: dict[str, Callable[..., float]] = {
     "cosine_warmup_with_min_lr": _cosine_warmup_with_min_lr, "warmup_stable_decay": _warmup_stable_decay}
 
 
+def _deepspeed_gamma(schedule: Schedule, step: int, warmup_type: str) -> float | None:
+    """How far the warm-up is; None behind it. The scheduler steps after the update, so that the first two have the least rate."""
+    if warmup_type not in ("log", "linear"):
+        raise ValueError(f"warmup_type is {warmup_type!r}, supported: log, linear")
+    warmup, done = max(2, schedule.warmup), max(step - 1, 0)
+    if done >= warmup:
+        return None
+    return math.log(done + 1) / math.log(warmup) if warmup_type == "log" else done / warmup
+
+
+def _warmup_lr(schedule: Schedule, step: int, *, warmup_min_lr: float = 0.0, warmup_type: str = "log") -> float:
+    gamma = _deepspeed_gamma(schedule, step, warmup_type)
+    least = warmup_min_lr / schedule.rate if schedule.rate else 0.0
+    return least + (1 - least) * (1.0 if gamma is None else gamma)
+
+
+def _warmup_decay_lr(schedule: Schedule, step: int, *, warmup_min_lr: float = 0.0, warmup_type: str = "log",
+                     total_num_steps: int | None = None) -> float:
+    gamma = _deepspeed_gamma(schedule, step, warmup_type)
+    least = warmup_min_lr / schedule.rate if schedule.rate else 0.0
+    if gamma is None:
+        total = total_num_steps or schedule.total
+        gamma = max(0.0, (total - (step - 1)) / max(1, total - max(2, schedule.warmup)))
+    return least + (1 - least) * gamma
+
+
+def _warmup_cosine_lr(schedule: Schedule, step: int, *, warmup_min_ratio: float = 0.0, warmup_type: str = "log", cos_min_ratio: float = 0.0001,
+                      total_num_steps: int | None = None) -> float:
+    gamma = _deepspeed_gamma(schedule, step, warmup_type)
+    if step == 0:
+        return 0.0
+    if gamma is not None:
+        return warmup_min_ratio + (1 - warmup_min_ratio) * gamma
+    warmup = max(2, schedule.warmup)
+    done = min(1.0, (step - 1 - warmup + 1) / max(1, (total_num_steps or schedule.total) - warmup))
+    return max(0.0, cos_min_ratio + (1 - cos_min_ratio) * (1 + math.cos(math.pi * done)) / 2)
+
+
+DEEPSPEED_SCHEDULES: dict[str, Callable[..., float]] = {
+    "WarmupLR": _warmup_lr, "WarmupDecayLR": _warmup_decay_lr, "WarmupCosineLR": _warmup_cosine_lr}
+"""DeepSpeed's own (0.19, lr_schedules.py), which a file of `train.deepspeed` asks for."""
+_FUNCTIONS = {**SCHEDULES, **DEEPSPEED_SCHEDULES}
+
+
 def check_schedule(kind: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options, if this schedule has all of them. Raises ConfigError."""
-    if kind not in SCHEDULES:
+    if kind not in _FUNCTIONS:
         why = "; it follows the run's own numbers, so that a resumed run could not go on the same way" if kind in _ADAPTIVE else ""
         raise ConfigError(f"lr_scheduler_type is {kind!r}, supported: {', '.join(SCHEDULES)}{why}", field="lr_scheduler_type")
-    parameters = {name: p for name, p in inspect.signature(SCHEDULES[kind]).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    parameters = {name: p for name, p in inspect.signature(_FUNCTIONS[kind]).parameters.items() if p.kind is p.KEYWORD_ONLY}
     given = dict(options or {})
     if unknown := [name for name in given if name not in parameters]:
         raise ConfigError(f"lr_scheduler_kwargs has {unknown[0]!r}; {kind!r} takes {', '.join(parameters) or 'none'}", field="lr_scheduler_kwargs")

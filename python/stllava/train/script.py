@@ -1,7 +1,7 @@
 """The settings of the original training scripts that are not about the run itself: which model, which data, and how to run the script.
 
 Names are the original's. Where a checkpoint's own configuration answers a question, the default here is None = "as the checkpoint has it", and where
-it has no answer, or with `original_compat`, ORIGINAL_DEFAULTS. Settings of the run (rates, steps, saving ...) are `train.arguments`.
+it has no answer ORIGINAL_DEFAULTS. Settings of the run (rates, steps, saving ...) are `train.arguments`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""Scripts written for LLaVA that hold torch tensors, import lines changed; and what torch sees of the core's memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="no torch: make test-torch")
+
+from PIL import Image  # noqa: E402
+from tiny import tiny_model, write_pictures  # noqa: E402
+
+import stllava_c  # noqa: E402
+from stllava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX  # noqa: E402
+from stllava.conversation import conv_templates  # noqa: E402
+from stllava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token  # noqa: E402
+from stllava.model.builder import load_pretrained_model  # noqa: E402
+from stllava.utils import disable_torch_init  # noqa: E402
+
+
+class Questions(torch.utils.data.Dataset):
+    """As evaluation scripts load questions: ids and pixels of one at a time."""
+
+    def __init__(self, folder, names, tokenizer, image_processor, config):
+        self.folder, self.names, self.tokenizer, self.image_processor, self.config = folder, names, tokenizer, image_processor, config
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        conv = conv_templates["vicuna_v1"].copy()
+        conv.append_message(conv.roles[0], f"{DEFAULT_IMAGE_TOKEN}\nWhat is in picture {i}?")
+        conv.append_message(conv.roles[1], None)
+        image = Image.open(self.folder / self.names[i]).convert("RGB")
+        pixels = process_images([image], self.image_processor, self.config)[0]
+        return tokenizer_image_token(conv.get_prompt(), self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt"), pixels, image.size
+
+
+def together(batch):
+    ids, pixels, sizes = zip(*batch, strict=True)
+    return torch.stack(ids), torch.stack(pixels), sizes
+
+
+def test_a_loop_with_a_data_loader(tmp_path):
+    names = write_pictures(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "llava-tiny")
+    # the script
+    disable_torch_init()
+    tokenizer, model, image_processor, _ = load_pretrained_model(tmp_path / "llava-tiny", None, get_model_name_from_path(tmp_path / "llava-tiny"))
+    loader = torch.utils.data.DataLoader(Questions(tmp_path, names, tokenizer, image_processor, model.config), batch_size=1, collate_fn=together)
+    found, texts = [], []
+    for input_ids, pixels, sizes in loader:
+        input_ids = input_ids.to(device=model.device, non_blocking=True)
+        with torch.inference_mode():
+            output_ids = model.generate(input_ids, images=pixels.to(dtype=torch.float16, device=model.device), image_sizes=sizes, do_sample=False,
+                                        temperature=0, top_p=None, num_beams=1, max_new_tokens=10, use_cache=True)
+        assert output_ids.dtype == torch.int64 and not KeywordsStoppingCriteria(["</s>"], tokenizer, input_ids)(torch.cat([input_ids, output_ids], 1))
+        found.append(output_ids[0].tolist())
+        texts.append(tokenizer.batch_decode(output_ids, skip_special_tokens=True)[0].strip())
+    assert model.dtype == torch.float32 and pixels.dtype == torch.float32
+    ours = model.ours
+    prompts = [ids[0].tolist() for ids, _, _ in loader]
+    shown = [pixels[0].half().numpy() for _, pixels, _ in loader]
+    wanted = [answer for [answer] in ours.generate(prompts, shown, max_new_tokens=10)]
+    assert found == [answer.ids for answer in wanted] and texts == [answer.text.strip() for answer in wanted]
+
+
+def test_sampling_follows_torchs_seed(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "llava-tiny")
+    tokenizer, model, _, _ = load_pretrained_model(tmp_path / "llava-tiny")
+    ids = tokenizer("Hello", return_tensors="pt").input_ids
+
+    def drawn():
+        return model.generate(ids, do_sample=True, temperature=1.0, max_new_tokens=8).tolist()
+
+    torch.manual_seed(3)
+    a, b = drawn(), drawn()
+    torch.manual_seed(3)
+    assert a == drawn() and a != b
+
+
+def test_torch_sees_the_cores_memory():
+    model = tiny_model()
+    model.set_trainable(["model.norm.weight"])
+    for tensor in (torch.from_dlpack(model.core.theta.numpy()), torch.frombuffer(model.core.theta, dtype=torch.float32)):
+        tensor[3] += 1
+    assert model.theta[3] == 3 and np.from_dlpack(model.core.theta.numpy())[3] == 3
+    mine = torch.zeros(4, 2)
+    stllava_c.Tensor.from_buffer(mine.numpy()).numpy()[1, 1] = 5
+    assert mine[1, 1] == 5
