@@ -8,6 +8,7 @@ ARGS ?=
 help:
 	@echo "make install     .venv in this folder, with the package and its test and demo extras"
 	@echo "make demo        the whole method on real medical images; report in build/demo/    (QUICK=1: a tenth of the data)"
+	@echo "make notebooks   runs the notebooks and stores what they show"
 	@echo "make demo-base   trains the demo's base model anew"
 	@echo "make test        every test; the C tests run under sanitizers, from pytest         (ARGS='-k name': part of pytest)"
 	@echo "make test-torch  the tests of the torch adapter, in an environment with torch, transformers and trl  (STLLAVA_PEERS=PYTHON: another)"
@@ -34,6 +35,9 @@ $(INSTALLED): $(C_FILES) setup.py pyproject.toml
 
 demo: install
 	$(BIN)/stllava demo --out build/demo $(if $(QUICK),--quick)
+
+notebooks: install
+	$(BIN)/python notebooks/execute.py
 
 demo-base: install
 	$(BIN)/stllava demo-base
@@ -104,4 +108,4 @@ tsan:
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info stllava_c/libs stllava_c/_core*.so
 
-.PHONY: help install demo demo-base test test-torch test-long fuzz bench lint format asan tsan clean
+.PHONY: help install demo notebooks demo-base test test-torch test-long fuzz bench lint format asan tsan clean

@@ -9,21 +9,30 @@ if TYPE_CHECKING:
     from .config import LlavaConfig as LlavaConfig, VisionConfig as VisionConfig
     from .data.dpo import DPODataset as DPODataset
     from .data.sft import SFTDataset as SFTDataset
+    from .evaluate.answers import answer_questions as answer_questions
     from .evaluate.vqa import evaluate_vqa as evaluate_vqa
     from .images import ImageProcessor as ImageProcessor
     from .model import LlavaModel as LlavaModel
+    from .notebook import LossPlot as LossPlot, PictureTable as PictureTable
+    from .selftrain.answer import AnswerSettings as AnswerSettings, answer as answer
+    from .selftrain.ask import AskSettings as AskSettings, ask as ask
+    from .selftrain.judge import judge as judge
+    from .selftrain.pairs import PairSettings as PairSettings, build_pairs as build_pairs
     from .text.tokenizer import Tokenizer as Tokenizer
-    from .train.arguments import DPOConfig as DPOConfig, SFTConfig as SFTConfig
     from .train.callbacks import TrainerCallback as TrainerCallback
     from .train.dpo import DPOTrainer as DPOTrainer
+    from .train.from_script import DPOConfig as DPOConfig, SFTConfig as SFTConfig
     from .train.sft import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "LoraConfig": "checkpoint.peft", "LlavaConfig": "config", "VisionConfig": "config", "DPODataset": "data.dpo", "SFTDataset": "data.sft",
-    "evaluate_vqa": "evaluate.vqa", "ImageProcessor": "images", "LlavaModel": "model", "Tokenizer": "text.tokenizer",
-    "DPOConfig": "train.arguments", "SFTConfig": "train.arguments", "TrainerCallback": "train.callbacks", "DPOTrainer": "train.dpo",
+    "answer_questions": "evaluate.answers", "evaluate_vqa": "evaluate.vqa", "ImageProcessor": "images", "LlavaModel": "model",
+    "LossPlot": "notebook", "PictureTable": "notebook", "AnswerSettings": "selftrain.answer", "answer": "selftrain.answer",
+    "AskSettings": "selftrain.ask", "ask": "selftrain.ask", "judge": "selftrain.judge", "PairSettings": "selftrain.pairs",
+    "build_pairs": "selftrain.pairs", "Tokenizer": "text.tokenizer",
+    "DPOConfig": "train.from_script", "SFTConfig": "train.from_script", "TrainerCallback": "train.callbacks", "DPOTrainer": "train.dpo",
     "SFTTrainer": "train.sft"}
 __all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - the keys are strings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from .formats.layouts import layout_of
 from .record_images import RecordImages
 from .records import check_records, read_records
 from .sft import n_words, sequence_of, text_budget
+
+if TYPE_CHECKING:
+    from stllava.model import LlavaModel
 
 __all__ = ["DPODataset", "normalise_pair"]
 
@@ -54,6 +57,11 @@ class DPODataset:
         self._images = RecordImages(image_folder, image_processor)
         self.records = read_records(data, "train")
         self.rows, self.problems = check_records(self.records, self._check, on_bad_sample, data if isinstance(data, (str, Path)) else "data")
+
+    @classmethod
+    def for_model(cls, model: LlavaModel, data: str | Path | Iterable[dict[str, Any]], **options: Any) -> Self:
+        """With the tokenizer, the image processor and the rows per image of `model`; the other arguments are those above."""
+        return cls(data, model.tokenizer, model.image_processor, tokens_per_image=model.core.tokens_per_image, **options)
 
     def __len__(self) -> int:
         return len(self.rows)

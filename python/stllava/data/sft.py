@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from stllava.tree import Sequence
 from .formats import images_of, why_not
 from .record_images import RecordImages
 from .records import Problem, check_records, read_records
+
+if TYPE_CHECKING:
+    from stllava.model import LlavaModel
 
 __all__ = ["SFTDataset", "n_words", "self_asked", "sequence_of", "text_budget"]
 
@@ -59,6 +62,11 @@ class SFTDataset:
         self.records = read_records(data, "train")
         rows, self.problems = check_records(self.records, self._check, on_bad_sample, data if isinstance(data, (str, Path)) else "data")
         self.items = self._by_image(rows) if group_by_image else [[row] for row in rows]
+
+    @classmethod
+    def for_model(cls, model: LlavaModel, data: str | Path | Iterable[dict[str, Any]], **options: Any) -> Self:
+        """With the tokenizer, the image processor and the rows per image of `model`; the other arguments are those above."""
+        return cls(data, model.tokenizer, model.image_processor, tokens_per_image=model.core.tokens_per_image, **options)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -126,6 +126,9 @@ class Evaluation:
                 "reference_normalised": item.reference_normalised, "answer_normalised": item.prediction_normalised,
                 "values": {name: dict(report.items[row].values) for name, report in self.system.reports.items()}}
 
+    def __repr__(self) -> str:
+        return f"Evaluation({self.title!r}: {self.system.name}, {len(self.items)} items)"
+
     def _repr_html_(self) -> str:
         from stllava.evaluate.render.notebook import evaluation_html
         return evaluation_html(self)

@@ -22,14 +22,20 @@ def report_html(report: VqaReport) -> str:
 
 
 def evaluation_html(evaluation: Evaluation) -> str:
-    """Every score with its interval, and the same metrics of baselines and the other model."""
-    from stllava.evaluate.render.terminal import counts_line, interval, percent, unhelpful_line
+    """Every score with its interval, and the same metrics of baselines and the other model; with this one's paired tests."""
+    from stllava.evaluate.render.terminal import counts_line, interval, p_value, percent, unhelpful_line
     rivals = evaluation.rivals
     heading = ("metric", "per cent", "95 % interval", "n", *(rival.system.name for rival in rivals))
     rows = [(score.metric.id, percent(score.value), interval(score), str(score.n),
              *(percent(rival.system.score(score.metric).value) for rival in rivals)) for score in evaluation.system.scores]
     note = f"{counts_line(evaluation)}; {unhelpful_line(evaluation)}. {evaluation.how.method}"
-    return _table(f"{evaluation.title}: {evaluation.system.name}", heading, rows, note)
+    scores = _table(f"{evaluation.title}: {evaluation.system.name}", heading, rows, note)
+    if evaluation.other is None:
+        return scores
+    tested = evaluation.other.comparison
+    return _table(f"{tested.first} minus {tested.second}, points", ("metric", "difference", "95 % interval", "p"),
+                  [(one.metric.id, f"{100 * one.difference:+.2f}", f"{100 * one.low:+.1f} to {100 * one.high:+.1f}", p_value(one.p))
+                   for one in tested.differences], "") + scores
 
 
 def _table(title: str, heading: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> str:
@@ -40,4 +46,4 @@ def _table(title: str, heading: Sequence[str], rows: Iterable[Sequence[str]], no
 
     body = "".join(cells("td", row) for row in rows)
     return (f"<table><caption>{html.escape(title)}</caption><thead>{cells('th', heading)}</thead><tbody>{body}</tbody></table>"
-            f"<p><small>{html.escape(note)}</small></p>")
+            + (f"<p><small>{html.escape(note)}</small></p>" if note else ""))
