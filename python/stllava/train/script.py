@@ -102,9 +102,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         _one_of(self, "image_aspect_ratio", (None, "pad", "square"))
         _one_of(self, "on_bad_sample", ("error", "skip"))
-        if self.data_aug:
-            raise ConfigError("data_aug is True, but there is no augmentation (nor in the original, which takes it for a device number); leave "
-                              "it out or set it to False", field="data_aug")
         if not 0 <= self.sq_r <= 1:
             raise ConfigError(f"sq_r is {self.sq_r}, want a probability between 0 and 1", field="sq_r")
         if self.model_max_length < 1:
