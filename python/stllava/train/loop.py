@@ -242,8 +242,8 @@ class Trainer(ScriptNames):
 
     def _after_step(self, log: Any) -> None:
         args, state, control = self.args, self.state, self.control
-        is_end = state.global_step == self.plan.total_steps or (args.logging_first_step and state.global_step == 1)
-        control.should_log = is_end or self._due(args.logging_strategy, "logging_steps")
+        at_an_end = state.global_step == self.plan.total_steps or (args.logging_first_step and state.global_step == 1)
+        control.should_log = at_an_end or self._due(args.logging_strategy, "logging_steps")
         control.should_save = self._due(args.save_strategy, "save_steps")
         control.should_evaluate = self._due(args.eval_strategy, "eval_steps")
         self._call("on_step_end")
@@ -264,9 +264,8 @@ class Trainer(ScriptNames):
 
     def _save(self) -> Path:
         state, output_dir = self.state, Path(self.args.output_dir)
-        best = output_dir / f"checkpoint-{state.best_global_step}"
-        if state.best_global_step == state.global_step or best.is_dir():
-            state.best_model_checkpoint = str(best)
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(output_dir / f"checkpoint-{state.global_step}")
         checkpoint = save_checkpoint(output_dir, self.updater, state, self.plan)
         rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
         self._call("on_save")
@@ -282,7 +281,7 @@ class Trainer(ScriptNames):
         """eval_loss and the objective's metrics (``eval_`` prefix), weighted over the data set; then `compute_metrics`."""
         dataset = self.eval_dataset if eval_dataset is None else self._dataset_of(eval_dataset)
         if dataset is None:
-            raise ConfigError("evaluate: there is no eval_dataset", field="eval_dataset")
+            raise ConfigError("an evaluation needs data: pass eval_dataset", field="eval_dataset")
         total, weight = 0.0, 0
         sums: dict[str, float] = {}
         size = self.args.per_device_eval_batch_size
