@@ -227,6 +227,19 @@ def test_leaks_are_the_intersection(tmp_path_factory, ours, theirs):
     assert not any("patient 1" in finding.text for finding in report.findings)
 
 
+def test_names_in_two_folders_are_two_images_and_bytes_are_one(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    draw(1).save(tmp_path / "a" / "1.png")
+    draw(2).save(tmp_path / "b" / "1.png")
+    draw(1).save(tmp_path / "b" / "other.png")
+    (tmp_path / "test.json").write_text(json.dumps([said("What is it?\n<image>", "It.", id=1, image="1.png")]))
+    rows, options = [said("<image>\nWhat is IT?", "It.", id=2, image="1.png")], {"against": [tmp_path / "test.json"], "against_image_folder": tmp_path / "b"}
+    assert check_data(rows, tmp_path / "a", **options).findings == []
+    (tmp_path / "test.json").write_text(json.dumps([said("What is it?\n<image>", "It.", id=1, image="other.png")]))
+    assert found(check_data(rows, tmp_path / "a", **options)) == {(0, "leak_image"), (0, "leak_row")}
+
+
 def test_an_image_inside_its_record_is_an_image(tmp_path):
     draw(1).save(tmp_path / "a.png")
     inside = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
