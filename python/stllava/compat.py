@@ -129,10 +129,11 @@ class ScriptTokenizer(_Coat):
                             attention_mask=as_tensors(np.array(mask, np.int64), return_tensors))
         return Entries(input_ids=ids[0], attention_mask=mask[0]) if isinstance(text, str) else Entries(input_ids=ids, attention_mask=mask)
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None) -> str:
+        """Text of ids; spaces are never cleaned up, as LLaMA's tokenizer does not."""
         return self.ours.decode(as_array(token_ids).reshape(-1).tolist(), skip_special_tokens)
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None) -> list[str]:
         return [self.decode(row, skip_special_tokens) for row in sequences]
 
     def _text(self, token_id: int | None) -> str | None:

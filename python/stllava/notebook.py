@@ -37,7 +37,7 @@ class NotebookBar(tqdm):  # type: ignore[type-arg]
         self._shown = _show(self, self._shown)
 
     def __repr__(self) -> str:
-        return self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": "{desc}" + _COUNTS})
+        return self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": "{desc}: " + _COUNTS})
 
     def _repr_html_(self) -> str:
         counts = self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": _COUNTS})

@@ -64,6 +64,16 @@ def test_the_best_model_is_kept_and_loaded(tmp_path, pictures):
     assert state["global_step"] == 5 and state["log_history"] == run.state.log_history
 
 
+def test_a_checkpoint_of_another_run_is_not_the_best(tmp_path, pictures):
+    """The best evaluation is at update 2, which is not saved; what lies in checkpoint-2 is of a run before."""
+    trainer(tmp_path, pictures, save_strategy="steps", save_steps=2, max_steps=2, learning_rate=0.5).train()
+    run = trainer(tmp_path, pictures, SCORES, **{**BEST, "save_steps": 3, "max_steps": 5})
+    run.train()
+    assert checkpoints(tmp_path) == [2, 3] and (run.state.best_global_step, run.state.best_model_checkpoint) == (2, None)
+    with pytest.raises(ConfigError, match="pass eval_dataset"):
+        trainer(tmp_path, pictures).evaluate()
+
+
 def test_save_strategy_best(tmp_path, pictures):
     run = trainer(tmp_path, pictures, SCORES, **{**BEST, "save_strategy": "best"})
     run.train()

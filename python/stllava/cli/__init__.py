@@ -4,6 +4,7 @@
     check      check-data
     train      sft, dpo        selftrain   ask, answer, judge, pairs        evaluate   eval
     use        chat, generate  checkpoint  inspect, merge, convert          house      doctor, demo, demo-base
+    data       data describe, convert, split, sample, merge
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from collections.abc import Sequence
 from stllava.checkpoint.lock import LockedError
 from stllava.errors import NumericsError, StllavaError
 
-from . import check, checkpoint, evaluate, house, selftrain, train, use
+from . import check, checkpoint, data, evaluate, house, selftrain, train, use
 from .flags import Verbs
 from .parser import WRONG, Parser, parse
 
 __all__ = ["VERBS", "main"]
 
 USE = "Research use only: not a medical device, not for diagnosis or treatment."
-VERBS: Verbs = {**house.VERBS, **check.VERBS, **train.VERBS, **selftrain.VERBS, **evaluate.VERBS, **use.VERBS, **checkpoint.VERBS}
+VERBS: Verbs = {**house.VERBS, **check.VERBS, **train.VERBS, **selftrain.VERBS, **evaluate.VERBS, **use.VERBS, **checkpoint.VERBS, **data.VERBS}
 MISTAKES = (StllavaError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 

@@ -42,7 +42,7 @@ def parse(parser: Parser, verbs: dict[str, Parser], words: Sequence[str]) -> arg
     """Parses `words`; a flag that nobody knows ends the program, with the nearest one that exists."""
     args, rest = parser.parse_known_args([underscores(word) for word in words])
     if rest:
-        verb = verbs[args.verb]
+        verb = getattr(args, "leaf", verbs[args.verb])  # the parser of a verb below a verb
         flag = rest[0].partition("=")[0]
         if flag.startswith("-"):
             verb.error(f"unknown flag {flag}{did_you_mean(flag, verb._option_string_actions)}")  # argparse has no other list of them

@@ -56,7 +56,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file; want the manifest.json of a directory that `stllava sft` or `stllava dpo` wrote")
     run = strict_json.read_object(path).get("run")
     if not isinstance(run, dict):
-        raise FormatError(f"{path}: has no record of a run; only the output directory of a finished `stllava sft` or `stllava dpo` has one", path=path)
+        raise FormatError(f"{path}: has no record of a run; the output directory of a finished `stllava sft` or `stllava dpo` has one", path=path)
     wanted = {"schema": int, "stage": str, "settings": dict, "inputs": dict, "weights_sha256": str}
     if bad := [key for key, kind in wanted.items() if not isinstance(run.get(key), kind)]:
         raise FormatError(f"{path}: run.{bad[0]} is {run.get(bad[0])!r}, want {wanted[bad[0]].__name__}", path=path, field=f"run.{bad[0]}")
