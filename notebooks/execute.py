@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 FOLDER = Path(__file__).parent
 BUILD = FOLDER.parent / "build"
@@ -28,8 +28,9 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
     if not (folder / "wheels").exists():
         (folder / "wheels").symlink_to(BUILD / "wheels", target_is_directory=True)
     with tempfile.TemporaryDirectory() as sockets:  # a short path, which is all that a socket may have
-        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
-        NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(folder)}}, record_timing=False).execute()
+        client = NotebookClient(notebook, config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}), kernel_name="python3",
+                                timeout=600, resources={"metadata": {"path": str(folder)}}, record_timing=False)
+        client.execute()
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"},
                          "stllava": {"code": code_digest(notebook)}}
     return notebook

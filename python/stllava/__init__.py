@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .selftrain.judge import judge as judge
     from .selftrain.pairs import PairSettings as PairSettings, build_pairs as build_pairs
     from .text.tokenizer import Tokenizer as Tokenizer
-    from .train.arguments import DPOConfig as DPOConfig, SFTConfig as SFTConfig
     from .train.callbacks import TrainerCallback as TrainerCallback
     from .train.dpo import DPOTrainer as DPOTrainer
+    from .train.from_script import DPOConfig as DPOConfig, SFTConfig as SFTConfig
     from .train.sft import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ _WHERE = {
     "LossPlot": "notebook", "PictureTable": "notebook", "AnswerSettings": "selftrain.answer", "answer": "selftrain.answer",
     "AskSettings": "selftrain.ask", "ask": "selftrain.ask", "judge": "selftrain.judge", "PairSettings": "selftrain.pairs",
     "build_pairs": "selftrain.pairs", "Tokenizer": "text.tokenizer",
-    "DPOConfig": "train.arguments", "SFTConfig": "train.arguments", "TrainerCallback": "train.callbacks", "DPOTrainer": "train.dpo",
+    "DPOConfig": "train.from_script", "SFTConfig": "train.from_script", "TrainerCallback": "train.callbacks", "DPOTrainer": "train.dpo",
     "SFTTrainer": "train.sft"}
 __all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - the keys are strings
 

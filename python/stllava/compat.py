@@ -84,8 +84,11 @@ class ScriptConfig(SimpleNamespace):
     """config.json as attributes, with the neutral value for keys of LLaVA that a checkpoint may leave out."""
 
     def __init__(self, config: LlavaConfig, **more: Any) -> None:
-        super().__init__(**{"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": None, "use_cache": True}
-                         | config.to_dict() | more)
+        super().__init__(**{"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": None, "use_cache": True,
+                            "_name_or_path": ""} | config.to_dict() | more)
+
+    def get_text_config(self) -> Self:
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -129,10 +132,11 @@ class ScriptTokenizer(_Coat):
                             attention_mask=as_tensors(np.array(mask, np.int64), return_tensors))
         return Entries(input_ids=ids[0], attention_mask=mask[0]) if isinstance(text, str) else Entries(input_ids=ids, attention_mask=mask)
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None) -> str:
+        """Text of ids; spaces are never cleaned up, as LLaMA's tokenizer does not."""
         return self.ours.decode(as_array(token_ids).reshape(-1).tolist(), skip_special_tokens)
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None) -> list[str]:
         return [self.decode(row, skip_special_tokens) for row in sequences]
 
     def _text(self, token_id: int | None) -> str | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def vqa_report(request: pytest.FixtureRequest) -> VqaReport:
     found = _wanted(request.node)
     if not found:
         pytest.fail(f"{request.node.nodeid}: vqa_report needs to know whose: @pytest.mark.vqa(model=\"DIR\", data=\"FILE\")", pytrace=False)
-    return _evaluations(request.config).report(found[0])
+    with _clear_errors(request.node):
+        return _evaluations(request.config).report(found[0])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -63,14 +65,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     _wanted(item)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
     """All thresholds first, then what the test itself asserts."""
     thresholds = [vqa for vqa in _wanted(item) if vqa.metric is not None]
-    missed = [text for vqa in thresholds if (text := _evaluations(item.config).missed(vqa)) is not None]
+    with _clear_errors(item):
+        missed = [text for vqa in thresholds if (text := _evaluations(item.config).missed(vqa)) is not None]
     if missed:
         pytest.fail("\n\n".join(missed), pytrace=False)
-    yield
 
 
 def _wanted(item: pytest.Item) -> list[Vqa]:
@@ -79,9 +81,16 @@ def _wanted(item: pytest.Item) -> list[Vqa]:
     if not markers:
         return []
     from stllava.evaluate.thresholds import read_markers
-    try:
+    with _clear_errors(item):
         return read_markers([(marker.args, marker.kwargs) for marker in markers], item.config.rootpath)
-    except ValueError as error:
+
+
+@contextmanager
+def _clear_errors(item: pytest.Item) -> Iterator[None]:
+    """What is wrong with a marker, a model or data, in a line that names the test; a traceback would lead into this package."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # StllavaErrors of files and settings are ValueErrors
         pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
 
 

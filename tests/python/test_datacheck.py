@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import zipfile
+import zlib
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import scans
 import text_data
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from PIL import Image
@@ -106,6 +110,7 @@ OTHERS = {
     "yes_no_case": lambda _: check_rows(said("Is it a?", "Yes"), said("Is it b?", "yes.")),
     "image_cut": lambda folder: check_data([_with_image(folder)], folder, tokenizer=text_data.tokenizer(), tokens_per_image=16,
                                            settings=CheckSettings(max_length=60)),
+    "image_text": lambda folder: check_data([_with_scan(folder, BurnedInAnnotation="YES")], folder),
     "conversation": lambda folder: check_rows({**said("Is it?", "It is."), "conversations": said("Is it?", "It is.")["conversations"] * 2},
                                               settings=CheckSettings(template="plain")),
 }
@@ -119,6 +124,11 @@ def _written(path, text):
 def _with_image(folder):
     draw(1).save(folder / "a.png")
     return said("<image>\nWhat?", "A thing.", image="a.png")
+
+
+def _with_scan(folder, **tags):
+    (folder / "a.dcm").write_bytes(scans.dicom(rows=60, columns=80, **tags))
+    return said("<image>\nWhat?", "A thing.", image="a.dcm")
 
 
 def test_every_kind_is_planted_somewhere():
@@ -217,6 +227,19 @@ def test_leaks_are_the_intersection(tmp_path_factory, ours, theirs):
     assert not any("patient 1" in finding.text for finding in report.findings)
 
 
+def test_names_in_two_folders_are_two_images_and_bytes_are_one(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    draw(1).save(tmp_path / "a" / "1.png")
+    draw(2).save(tmp_path / "b" / "1.png")
+    draw(1).save(tmp_path / "b" / "other.png")
+    (tmp_path / "test.json").write_text(json.dumps([said("What is it?\n<image>", "It.", id=1, image="1.png")]))
+    rows, options = [said("<image>\nWhat is IT?", "It.", id=2, image="1.png")], {"against": [tmp_path / "test.json"], "against_image_folder": tmp_path / "b"}
+    assert check_data(rows, tmp_path / "a", **options).findings == []
+    (tmp_path / "test.json").write_text(json.dumps([said("What is it?\n<image>", "It.", id=1, image="other.png")]))
+    assert found(check_data(rows, tmp_path / "a", **options)) == {(0, "leak_image"), (0, "leak_row")}
+
+
 def test_an_image_inside_its_record_is_an_image(tmp_path):
     draw(1).save(tmp_path / "a.png")
     inside = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
@@ -224,6 +247,62 @@ def test_an_image_inside_its_record_is_an_image(tmp_path):
             said("<image>\nWhen was it?", "Then.", image={"bytes": b"GIF89a", "path": None})]
     report = check_data(rows, tmp_path, tokenizer=text_data.tokenizer(), tokens_per_image=16)
     assert found(report) == {(1, "image_duplicate"), (2, "image_damaged")} and len(report.lengths) == 3
+
+
+def test_images_in_archives(tmp_path):
+    for i in range(3):
+        draw(i).save(tmp_path / f"{i}.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "0.png", "a/0.png")
+        archive.write(tmp_path / "1.png", "a/1.png")
+        archive.writestr("a/2.png", b"no picture")
+    names = ["2.png", "images.zip/a/0.png", "images.zip/a/1.png", "1.png", "images.zip/a/2.png", "images.zip/a/3.png", "images.zip/../x.png"]
+    report = check_data([said(f"<image>\nWhat is {i}?", "It.", image=name) for i, name in enumerate(names)], tmp_path)
+    assert found(report) == {(3, "image_duplicate"), (4, "image_damaged"), (5, "image_missing"), (6, "image_name")}
+    inside = check_data([said(f"<image>\nWhat is {i}?", "It.", image=f"a/{i}.png") for i in range(2)], tmp_path / "images.zip", against=[])
+    assert inside.findings == [] and [picture.size for picture in inside.pictures] == [(96, 72), (96, 72)]
+
+
+def test_frames_of_one_file_are_several_images(tmp_path):
+    (tmp_path / "a.dcm").write_bytes(scans.dicom(frames=2, rows=60, columns=80, BurnedInAnnotation="NO"))
+    names = ["a.dcm#frame=0", "a.dcm#frame=1", "a.dcm#frame=2"]
+    report = check_data([said(f"<image>\nWhat is {i}?", "It.", image=name) for i, name in enumerate(names)], tmp_path,
+                        settings=CheckSettings(pictures=PictureRules(deep=True)))
+    assert found(report) == {(2, "image_damaged")}
+
+
+def test_limits_are_read_off_the_header(tmp_path):
+    """More pixels than the file can hold; more than Pillow opens."""
+    for name, size in (("a.png", (9000, 9000)), ("b.png", (40000, 40000))):
+        draw(1).save(tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+        header = b"IHDR" + struct.pack(">II", *size) + data[24:29]
+        (tmp_path / name).write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    report = check_data([said(f"<image>\nWhat is {name}?", "It.", image=name) for name in ("a.png", "b.png")], tmp_path)
+    assert found(report) == {(0, "image_limit"), (1, "image_limit")}
+
+
+def test_nothing_of_a_medical_header_or_name_is_told(tmp_path, capsys):
+    """Sentinels in the texts of the header and in the name; good, damaged and missing files; screen, page and lines."""
+    secret = "SENTINEL7"
+    tags = dict.fromkeys(("PatientName", "PatientID", "InstitutionName", "StudyDescription", "SeriesDescription", "ImageComments", "AccessionNumber"), secret)
+    good = scans.dicom(rows=60, columns=80, BurnedInAnnotation="YES", **tags)
+    assert good.count(secret.encode()) >= len(tags)
+    files = {f"{secret}-good.dcm": good, f"{secret}-same.dcm": good, f"{secret}-cut.dcm": good[:-1000], f"{secret}-empty.dcm": b"", f"{secret}-text.dcm": good[:200]}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    names = [*files, f"{secret}-none.dcm", f"../{secret}.dcm", f"{secret}-good.dcm#frame=9"]
+    (tmp_path / "data.json").write_text(json.dumps([said(f"<image>\nWhat is {i}?", "It.", id=i, image=name) for i, name in enumerate(names)]))
+    (tmp_path / "test.json").write_text(json.dumps([said("<image>\nWhat?", "It.", id="t", image=f"{secret}-good.dcm", patient_id=secret)]))
+    for deep in ([], ["--deep"]):
+        assert main(["check-data", str(tmp_path / "data.json"), "--image_folder", str(tmp_path), "--html", str(tmp_path / "page.html"), "--jsonl",
+                     str(tmp_path / "lines.jsonl"), "--against", str(tmp_path / "test.json"), *deep]) == 2
+        out, err = capsys.readouterr()
+        lines, page = ((tmp_path / name).read_text() for name in ("lines.jsonl", "page.html"))
+        assert all(secret not in text for text in (out, err, lines, page))
+        kinds = [(row["row"], row["kind"]) for row in map(json.loads, lines.splitlines())]
+        assert {(0, "image_text"), (0, "leak_image"), (1, "image_duplicate"), (3, "image_empty"), (4, "image_damaged"), (5, "image_missing"),
+                (6, "image_name")} <= set(kinds) and ((2, "image_damaged") in kinds) == bool(deep)
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------------------------------

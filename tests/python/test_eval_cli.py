@@ -6,11 +6,14 @@ import csv
 import io
 import json
 import re
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import published
 import pytest
+import scans
 from PIL import Image
 from rich.console import Console
 from tiny import tiny_model, write_pictures
@@ -28,6 +31,7 @@ from stllava.evaluate.render.tables import latex_table, markdown_table
 from stllava.evaluate.render.terminal import print_evaluation
 from stllava.evaluate.runs import write_evaluation
 from stllava.evaluate.scoring import Scoring
+from stllava.images import load_image
 
 FAST = Scoring(n_resamples=50)
 OUTPUTS = ["manifest.json", "report.html", "report.json", "table.md", "table.tex"]
@@ -167,14 +171,44 @@ def test_pictures_inside_records(data):
     held = [{"id": i, "image": {"bytes": (data / f"{i % 2}.png").read_bytes(), "path": None}} for i in range(4)]
     pictures = ItemPictures(held, None)
     assert [one["image"] for one in pictures.items] == [pictures.names[i % 2] for i in range(4)] and len(pictures.names) == 2
-    assert pictures(pictures.names[1]) == (data / "1.png").read_bytes()
+    assert load_image(pictures(pictures.names[1])).rgb.tolist() == load_image(data / "1.png").rgb.tolist()
     pictures.require()
+    assert pictures.digest() == ItemPictures(held, data).digest() != ItemPictures(held[::-1], None).digest()
     with pytest.raises(FormatError, match="2 pictures are files, the first '0.png'; give --image_folder"):
         ItemPictures([{"image": "0.png"}, {"image": "1.png"}, {"id": "text"}], None).require()
-    with pytest.raises(FormatError, match=r"1 of 2 pictures are missing: .*nowhere.png"):
+    with pytest.raises(FormatError, match="1 of 2 pictures are missing: nowhere.png"):
         ItemPictures([{"image": "0.png"}, {"image": "nowhere.png"}], data).require()
     with pytest.raises(FormatError, match="lies outside"):
         ItemPictures([{"image": "../0.png"}], data).require()
+
+
+def test_pictures_in_an_archive(data, tmp_path, model_dir):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in data.glob("*.png"):
+            archive.write(path, path.name)
+    for folder, prefix in ((tmp_path / "images.zip", ""), (tmp_path, "images.zip/")):
+        items = [{**one, **({"image": prefix + one["image"]} if "image" in one else {})} for one in json.loads((data / "items.json").read_text())]
+        (tmp_path / "items.json").write_text(json.dumps(items))
+        assert main(["eval", model_dir, "--question_file", str(tmp_path / "items.json"), "--image_folder", str(folder), "--max_new_tokens", "3", "--bootstrap", "50",
+                     "--out", str(tmp_path / f"out{len(prefix)}")]) == 0
+        assert "<img" in (tmp_path / f"out{len(prefix)}" / "report.html").read_text()
+    assert main(["eval", model_dir, *common(data, tmp_path / "files")]) == 0
+    answers = [[row["text"] for row in rows_of(tmp_path / name / "answers.jsonl")] for name in ("out0", "out11", "files")]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_of_a_medical_file_its_pixels_alone(data, tmp_path, model_dir, capfd):
+    """Neither what its header says nor its name, which may be a patient's, is in what is printed or in the page."""
+    pixels = (np.arange(2 * 40 * 30) % 255).astype(np.int16).reshape(2, 40, 30)
+    (tmp_path / "DOE_JOHN.dcm").write_bytes(scans.dicom(pixels, frames=2, PatientName="SENTINEL^NAME", StudyDescription="SENTINEL study"))
+    items = [item(i, "CLOSED", "yes", image=f"DOE_JOHN.dcm#frame={i}") for i in range(2)]
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    words = ["eval", model_dir, "--question_file", str(tmp_path / "items.json"), "--max_new_tokens", "2", "--bootstrap", "50", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    written = contents(tmp_path / "out")
+    assert not [name for name, text in written.items() if b"SENTINEL" in text] and b"DOE_JOHN" not in written["report.html"] + written["answers.jsonl"]
+    assert written["report.html"].count(b"<img") == 2
+    assert "DOE_JOHN" not in "".join(capfd.readouterr()) and main(words) == 0 and contents(tmp_path / "out") == written
 
 
 # ---- a benchmark -------------------------------------------------------------------------------------------------------------

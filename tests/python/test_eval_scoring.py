@@ -181,6 +181,7 @@ def test_scores_of_groups_add_up():
 
 
 def test_published_rows():
+    assert SPLITS == {"vqa-rad": (179, 272), "slake": (645, 416), "pathvqa": (3370, 3391)}
     for name, counts in SPLITS.items():
         rows, text = rows_for(name, *counts)
         assert rows and rows[0].model == "STLLaVA-Med 7B" and "orientation" in text

@@ -51,7 +51,7 @@ def dpo_trainer(pictures, out, **settings):
 
 def put_pixel(value):
     def put(trainer):
-        trainer.train_dataset._pictures._kept["0.png"][1, 14, 14] = value
+        trainer.train_dataset._images._pictures._kept["0.png"][1, 14, 14] = value
     return put
 
 
@@ -210,7 +210,7 @@ def test_after_a_skipped_update_training_goes_on(tmp_path, pictures):
     """The run is that of a data set without the update: its number counts, its gradient and AdamW's step do not."""
     class Once(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            pixels = trainer.train_dataset._pictures._kept["0.png"]
+            pixels = trainer.train_dataset._images._pictures._kept["0.png"]
             if state.global_step == 1:
                 self.kept = pixels.copy()
                 pixels[:] = np.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import getpass
 import importlib.util
 import io
@@ -14,9 +15,10 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 import stllava_c
-from stllava import LossPlot, PictureTable
+from stllava import DPODataset, LossPlot, PictureTable, SFTDataset
 from stllava.notebook import NotebookBar
 from stllava.progress import in_notebook
 from stllava.train.callbacks import TrainerState
@@ -87,13 +89,13 @@ def test_a_loss_plot_is_a_small_picture_of_all_steps():
         plot.on_log(None, state, None, logs={"loss": 5 / step})
     state.global_step = 5000
     plot.on_log(None, state, None, logs={"loss": float("nan")})
-    plot.on_evaluate(None, state, None, metrics={"eval_loss": 0.5, "eval_accuracy": 1.0})
+    plot.on_log(None, state, None, logs={"eval_loss": 0.5, "eval_accuracy": 1.0})
     assert repr(plot) == "LossPlot(loss 5 to nan in 5000 steps; eval_loss 0.5 to 0.5 in 5000 steps)"
     html = plot._repr_html_()
     assert len(html) < 20_000
     first, second = ElementTree.fromstring(f"<div>{html}</div>")
     lines = [line.get("points").split() for line in first.iter("{http://www.w3.org/2000/svg}polyline")]
-    assert [len(line) for line in lines] == [400, 400] and len(second) == 8
+    assert [len(line) for line in lines] == [400, 400] and len(first) == len(second) == 9
     for x, y in (map(float, point.split(",")) for line in lines for point in line):
         assert 0 <= x <= 460 and 0 <= y <= 170
     assert "no finite value" in LossPlot_of([(1, float("nan"))])
@@ -113,7 +115,6 @@ def test_a_picture_table_shows_pictures_small_and_texts_as_they_are(tmp_path):
     html = table._repr_html_()
     sources = re.findall(r'src="data:image/png;base64,([^"]*)"', html)
     assert len(sources) == 4 and len(set(sources)) == 1
-    import base64
     assert Image.open(io.BytesIO(base64.b64decode(sources[0]))).size == (40, 30)
     assert html.count("&lt;b&gt;1 &amp; 2&lt;/b&gt;<br>line") == 4
     assert repr(table).splitlines()[0] == "(picture)   <b>1 & 2</b>"
@@ -137,3 +138,11 @@ def test_a_bar_is_one_element(monkeypatch):
 def test_the_result_of_a_training_is_a_table():
     html = TrainOutput(7, 0.25, {"train_loss": 0.25, "train_runtime": 12.345})._repr_html_()
     assert "<th>train_runtime</th>" in html and "<td>12.35</td>" in html and "<td>7</td>" in html
+
+
+def test_a_data_set_takes_from_the_model_what_the_model_has(tmp_path):
+    model, names = tiny_model(), write_pictures(tmp_path, 2)
+    for kind, records in ((SFTDataset, sft_records(names)), (DPODataset, dpo_records(names))):
+        data = kind.for_model(model, records, image_folder=tmp_path, max_length=64, template="v1")
+        assert (data.tokenizer, data.tokens_per_image, data.max_length) == (model.tokenizer, 16, 64) and len(data) == len(records)
+        assert data.pixels(names[0]).shape == (3, 28, 28)

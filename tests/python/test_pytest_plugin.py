@@ -10,7 +10,7 @@ import pytest
 from published import slake
 from talking import picture, talking_model
 
-from stllava.checkpoint.lock import run_lock
+from stllava.checkpoint.lock import LockedError, run_lock
 from stllava.evaluate import thresholds
 from stllava.evaluate.thresholds import Evaluations, Vqa
 from stllava.model import LlavaModel
@@ -213,6 +213,22 @@ def test_candidates(): ...
                                  "open_accuracy_run_eval@1 of model on test.json: not computed, it needs a list of candidate answers"])
 
 
+def test_what_cannot_be_evaluated_is_one_line_too(run, pytester):
+    slake(pytester.path / "slake")
+    (pytester.path / "images").unlink()
+    result = run(MODULE.replace('image_folder="images", ', "") + """
+@pytest.mark.vqa(metric="closed accuracy", at_least=0)
+def test_pictures(): ...
+
+@pytest.mark.vqa(data="slake", benchmark="slacke")
+def test_benchmark(vqa_report): ...
+""", "--tb=long")
+    result.assert_outcomes(failed=1, errors=1)
+    result.stdout.fnmatch_lines(["*::test_benchmark: benchmark 'slacke' is unknown, want one of vqa-rad, slake, pathvqa",
+                                 "*::test_pictures: 2 of 2 pictures are missing: *0.png, *1.png; *"])
+    result.stdout.no_fnmatch_line("*Error*")
+
+
 def test_data_may_be_a_published_benchmark(run, pytester):
     slake(pytester.path / "slake")
     result = run(f"""
@@ -243,6 +259,12 @@ def test_another_worker_computes_the_same_answers(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(thresholds.time, "sleep", sleep)
     assert Evaluations(tmp_path / "two").answers(vqa) == want and len(waits) == 1
+    (tmp_path / "three").mkdir()
+    monkeypatch.setattr(thresholds.time, "sleep", waits.append)
+    monkeypatch.setattr(thresholds, "PATIENCE", 3)
+    with run_lock(tmp_path / "three" / file.name), pytest.raises(LockedError):
+        Evaluations(tmp_path / "three").answers(vqa)
+    assert len(waits) == 4
 
 
 def test_those_who_do_not_use_it_pay_nothing(pytester, monkeypatch):

@@ -15,7 +15,7 @@ from stllava.config import LlavaConfig
 from stllava.data.dpo import DPODataset
 from stllava.data.sft import SFTDataset
 from stllava.demo.base import fresh_weights
-from stllava.errors import ConfigError, FormatError
+from stllava.errors import ConfigError, FormatError, NumericsError
 from stllava.model import LlavaModel
 from stllava.text.tokenizer import Tokenizer
 from stllava.train.arguments import DPOConfig, SFTConfig
@@ -249,6 +249,28 @@ def test_what_trains(root, flags, wanted):
 def test_what_is_refused(root, flags, message):
     with pytest.raises((ConfigError, FormatError), match=message):
         build(root / "llava", **flags)
+
+
+@pytest.mark.parametrize("where", ["tower", "projector", "adapter"])
+def test_values_that_are_not_finite_are_refused(root, tmp_path, where):
+    flags = {"vision_tower": str(root / "clip"), "mm_projector_type": "cluster", "num_latents": 4, "mm_vision_select_layer": -2, **LORA}
+    bad = np.full(32, np.nan, np.float32)
+    if where == "tower":
+        write_tower(tmp_path / "clip")
+        file = tmp_path / "clip" / "model.safetensors"
+        index.write_file(tmp_path / "new.safetensors", {n: bad if n.endswith("class_embedding") else a for n, a in index.read_file(file).items()})
+        (tmp_path / "new.safetensors").replace(file)
+        flags["vision_tower"] = str(tmp_path / "clip")
+    elif where == "projector":
+        index.write_file(tmp_path / "mm_projector.bin", fresh_projector(config(), 1) | {"model.mm_projector.c.bias": bad})
+        flags["pretrain_mm_mlp_adapter"] = str(tmp_path)
+    else:
+        a, b = names.lora_pair("vision_model.encoder.layers.0.mlp.fc2")
+        index.write_file(tmp_path / "vit.bin", {f"base_model.model.vision_tower.{a}": np.zeros((2, 64), np.float32),
+                                                f"base_model.model.vision_tower.{b}": np.stack([bad, bad], axis=1)})
+        flags["pretrain_lora"] = str(tmp_path / "vit.bin")
+    with pytest.raises(NumericsError, match="NaN or infinite"):
+        build(root / "vicuna", **flags)
 
 
 def test_bases_that_are_refused(root, tmp_path):

@@ -255,6 +255,57 @@ print(err.getvalue())
     assert said.strip() == "stllava: interrupted"
 
 
+def test_ctrl_c_in_generate_and_eval_keeps_what_was_answered(tmp_path):
+    """It comes in the middle of the third batch; the same command then goes on, and its files are those of a run that nothing disturbed."""
+    child("""
+import contextlib, io, json, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from talking import picture, talking_model
+import stllava_c
+from stllava import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder = Path(sys.argv[2])
+os.chdir(folder)
+talking_model().save_pretrained("model")
+for i in range(4):
+    picture(i).save(f"{i}.png")
+items = [{"id": i, "image": f"{i % 4}.png", "answer_type": "CLOSED" if i % 2 else "OPEN", "conversations": [
+    {"from": "human", "value": f"<image> Question {i}?"}, {"from": "gpt", "value": "the lung"}]} for i in range(12)]
+Path("items.json").write_text(json.dumps(items))
+real, made, at = stllava_c.Generator, [], [3]
+
+class Generator:
+    def __init__(self, *args, **options):
+        made.append(1)
+        self.core = real(*args, **options)
+    def __getattr__(self, name):
+        return getattr(self.core, name)
+    def step(self):
+        if len(made) == at[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.core.step()
+
+stllava_c.Generator = Generator
+common = ["--batch_size", "3", "--max_new_tokens", "4", "--image_folder", "."]
+for words, file in ((["generate", "--model_path", "model", "--question_file", "items.json", *common, "--answers_file", "OUT.jsonl"], "OUT.jsonl"),
+                    (["eval", "model", "--question_file", "items.json", *common, "--out", "OUT"], "OUT/answers.jsonl")):
+    def run(name):
+        made.clear()
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+            return cli.main([word.replace("OUT", name) for word in words]), said.getvalue()
+    at[0] = 3
+    code, said = run(f"{words[0]}-1")
+    assert code == 130 and "stllava: interrupted" in said, (code, said)
+    one, two = (Path(file.replace("OUT", f"{words[0]}-{n}")) for n in (1, 2))
+    assert len(one.read_text().splitlines()) == 6
+    at[0] = 0
+    assert run(f"{words[0]}-1")[0] == 0 and len(made) == 2, made
+    assert run(f"{words[0]}-2")[0] == 0 and len(made) == 4, made
+    assert one.read_bytes() == two.read_bytes()
+""", str(tmp_path))
+
+
 def test_the_command_line_says_how_it_ended(tmp_path):
     child(TRAIN + """
 import contextlib, io

@@ -11,6 +11,7 @@ from PIL import Image  # noqa: E402
 from tiny import tiny_model, write_pictures  # noqa: E402
 
 import stllava_c  # noqa: E402
+from stllava import DPOConfig, DPOTrainer, LoraConfig  # noqa: E402
 from stllava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX  # noqa: E402
 from stllava.conversation import conv_templates  # noqa: E402
 from stllava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token  # noqa: E402
@@ -65,6 +66,16 @@ def test_a_loop_with_a_data_loader(tmp_path):
     assert found == [answer.ids for answer in wanted] and texts == [answer.text.strip() for answer in wanted]
 
 
+def test_a_streamer_of_transformers(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="no transformers: make test-torch")
+    tiny_model().save_pretrained(tmp_path / "llava-tiny")
+    tokenizer, model, _, _ = load_pretrained_model(tmp_path / "llava-tiny")
+    ids = tokenizer("Hello", return_tensors="pt").input_ids
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output_ids = model.generate(ids, do_sample=False, max_new_tokens=8, streamer=streamer)
+    assert capsys.readouterr().out.strip() == tokenizer.decode(output_ids[0], skip_special_tokens=True).strip() != ""
+
+
 def test_sampling_follows_torchs_seed(tmp_path):
     tiny_model().save_pretrained(tmp_path / "llava-tiny")
     tokenizer, model, _, _ = load_pretrained_model(tmp_path / "llava-tiny")
@@ -88,3 +99,20 @@ def test_torch_sees_the_cores_memory():
     mine = torch.zeros(4, 2)
     stllava_c.Tensor.from_buffer(mine.numpy()).numpy()[1, 1] = 5
     assert mine[1, 1] == 5
+
+
+def test_a_script_of_trl_on_datasets_with_pictures(tmp_path):
+    """Rows of `datasets` whose images are decoded, and peft's own LoraConfig: as with file names and ours."""
+    datasets, peft = (pytest.importorskip(name, reason=f"no {name}: make test-torch") for name in ("datasets", "peft"))
+    names = write_pictures(tmp_path)
+    rows = [{"prompt": "What is it?", "chosen": f"It is thing {i}.", "rejected": "I do not know.", "images": [name]} for i, name in enumerate(names)]
+    with_pictures = [{**row, "images": [Image.open(tmp_path / name) for name in row["images"]]} for row in rows]
+    settings = dict(max_steps=2, per_device_train_batch_size=2, disable_tqdm=True)
+    runs = []
+    for data, config in ((datasets.Dataset.from_list(with_pictures), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])),
+                         (rows, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))):
+        trainer = DPOTrainer(tiny_model(), args=DPOConfig(str(tmp_path / f"out{len(runs)}"), **settings), train_dataset=data, peft_config=config,
+                             image_folder=tmp_path)
+        trainer.train()
+        runs.append(trainer)
+    assert np.array_equal(runs[0].model.theta, runs[1].model.theta) and runs[0].state.log_history[0]["loss"] == pytest.approx(np.log(2))

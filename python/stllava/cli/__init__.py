@@ -4,24 +4,26 @@
     check      check-data
     train      sft, dpo        selftrain   ask, answer, judge, pairs        evaluate   eval
     use        chat, generate  checkpoint  inspect, merge, convert          house      doctor, demo, demo-base
+    data       data describe, convert, split, sample, merge
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from stllava.checkpoint.lock import LockedError
 from stllava.errors import NumericsError, StllavaError
 
-from . import check, checkpoint, evaluate, house, selftrain, train, use
+from . import check, checkpoint, data, evaluate, house, selftrain, train, use
 from .flags import Verbs
 from .parser import WRONG, Parser, parse
 
 __all__ = ["VERBS", "main"]
 
 USE = "Research use only: not a medical device, not for diagnosis or treatment."
-VERBS: Verbs = {**house.VERBS, **check.VERBS, **train.VERBS, **selftrain.VERBS, **evaluate.VERBS, **use.VERBS, **checkpoint.VERBS}
+VERBS: Verbs = {**house.VERBS, **check.VERBS, **train.VERBS, **selftrain.VERBS, **evaluate.VERBS, **use.VERBS, **checkpoint.VERBS, **data.VERBS}
 MISTAKES = (StllavaError, ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -47,5 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stllava: interrupted", file=sys.stderr)
         return 130
     except (StllavaError, OSError, ValueError, MemoryError) as error:
-        print(f"stllava {args.verb}: {str(error) or 'out of memory'}", file=sys.stderr)
+        print(f"stllava {args.verb}: {_text(error)}", file=sys.stderr)
         return WRONG if isinstance(error, MISTAKES) and not isinstance(error, (NumericsError, LockedError)) else 1
+
+
+def _text(error: Exception) -> str:
+    """One line, with the file first, whoever raised it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error) or "out of memory"

@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["VERBS"]
 
-_BENCHMARKS = ("vqa-rad", "slake", "pathvqa")
-
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """Answer a VQA test set greedily and score it, or score the answers of any system (--predictions)."""
+    from stllava.data.benchmarks import BENCHMARKS
     parser.add_argument("model", nargs="?", help="checkpoint directory, or a .gguf file")
     parser.add_argument("--model_name_or_path", "--model_path", help="the same")
     loading_flags(parser)
     data = parser.add_argument_group("test set")
-    data.add_argument("--benchmark", metavar="NAME|FILE", help=f"{', '.join(_BENCHMARKS)} (with --data), or a file or folder that holds one")
+    data.add_argument("--benchmark", metavar="NAME|FILE", help=f"{', '.join(BENCHMARKS)} (with --data), or a file or folder that holds one")
     data.add_argument("--data", metavar="PATH", help="where the benchmark's published files lie")
     data.add_argument("--split", default="test", help="default test")
     data.add_argument("--language", default="en", choices=("en", "zh", "all"), help="of SLAKE; default en")
@@ -135,6 +134,8 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """What argparse cannot say. Raises ValueError."""
+    from stllava.data.benchmarks import BENCHMARKS
+    from stllava.evaluate.baselines import MODEL_BASELINES
     args.model_name_or_path = args.model_name_or_path or args.model
     if args.model not in (None, args.model_name_or_path):
         raise ValueError(f"two models: {args.model} and --model_name_or_path {args.model_name_or_path}; give one")
@@ -146,12 +147,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("give one test set: --benchmark NAME --data PATH, --benchmark FILE, or --question_file FILE")
     if args.data is None and args.benchmark is not None and not Path(args.benchmark).exists():
         raise ValueError(f"--benchmark {args.benchmark}: give --data PATH, where its published files lie"
-                         if args.benchmark.lower() in _BENCHMARKS else
-                         f"--benchmark {args.benchmark}: no such file, and not one of {', '.join(_BENCHMARKS)}"
-                         f"{did_you_mean(args.benchmark, _BENCHMARKS)}")
+                         if args.benchmark.lower() in BENCHMARKS else
+                         f"--benchmark {args.benchmark}: no such file, and not one of {', '.join(BENCHMARKS)}"
+                         f"{did_you_mean(args.benchmark, BENCHMARKS)}")
     if args.num_chunks > 1 and args.out is None and args.answers_file is None:
         raise ValueError("--num_chunks: give --out DIR, or an --answers_file of its own for each part; else the answers are lost")
-    from stllava.evaluate.baselines import MODEL_BASELINES
     needs_model = [name for name in args.baselines if name in MODEL_BASELINES]
     if args.predictions is not None and needs_model:
         raise ValueError(f"--baselines {','.join(needs_model)}: the model has to answer, and --predictions has none")

@@ -23,6 +23,9 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own does not know -1e-5
 
     def error(self, message: str) -> NoReturn:
+        for kind, want in (("int", "a whole number"), ("float", "a number")):
+            message = re.sub(rf"invalid {kind} value: (.*)", rf"\1 is not {want}", message)
+        message = message.replace("expected one argument", "wants a value").replace("expected at least one argument", "wants a value or more")
         print(f"{self.prog}: {' '.join(message.split())} (`{self.prog} --help` lists what there is)", file=sys.stderr)
         raise SystemExit(WRONG)
 
@@ -42,7 +45,7 @@ def parse(parser: Parser, verbs: dict[str, Parser], words: Sequence[str]) -> arg
     """Parses `words`; a flag that nobody knows ends the program, with the nearest one that exists."""
     args, rest = parser.parse_known_args([underscores(word) for word in words])
     if rest:
-        verb = verbs[args.verb]
+        verb = getattr(args, "leaf", verbs[args.verb])  # the parser of a verb below a verb
         flag = rest[0].partition("=")[0]
         if flag.startswith("-"):
             verb.error(f"unknown flag {flag}{did_you_mean(flag, verb._option_string_actions)}")  # argparse has no other list of them

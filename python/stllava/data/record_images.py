@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from stllava.images import ImageError, ImageProcessor
+from stllava.image_source import ImageError, split_choice
+from stllava.images import ImageProcessor
 
 from .formats import images_of
 from .pictures import Pictures
@@ -30,7 +31,8 @@ class RecordImages:
 
     def _key(self, image: Any) -> Hashable:
         if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
-            key = ("embedded", hashlib.blake2b(image["bytes"], digest_size=16).hexdigest())
+            choice = split_choice(str(image.get("path")))[1]  # the frame or slice of a medical file
+            key = ("embedded", hashlib.blake2b(image["bytes"], digest_size=16).hexdigest(), choice)
             self._embedded.setdefault(key, image)
             return key
         if not isinstance(image, Hashable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from stllava.conversation import Conversation, as_template
 from stllava.data.formats import images_of
+from stllava.data.image_store import ImageStore
 from stllava.data.records import read_records
 from stllava.errors import FormatError
 from stllava.progress import progress_bar
@@ -21,7 +23,7 @@ from stllava.text.interface import AnyTokenizer
 
 from . import overlap
 from .kinds import KINDS, SEVERITIES, Finding, Found
-from .pictures import Picture, PictureRules, key_of, probe_all
+from .pictures import Picture, PictureRules, digests, key_of, probe_all
 from .rows import PAIR_SIDES, TextRules, pair_findings, printable, quoted, row_findings, short
 from .tokens import Length, TokenRules, tokenise
 
@@ -29,7 +31,7 @@ __all__ = ["CheckSettings", "Form", "Report", "check_data"]
 
 Form: TypeAlias = Literal["sft", "dpo"]
 
-_CHUNK = 500  # rows handed to a process at a time
+_CHUNK = 100  # rows handed to a process at a time; those that are handed out are finished when Ctrl-C comes
 _FEW = 4000  # rows below which starting processes takes longer than they save
 _KNOWN = frozenset({
     "id", "image", "images", "conversations", "conversatons", "domain", *PAIR_SIDES, "rejected_conversations", "q", "img", "p", "r", "prompt",
@@ -136,8 +138,7 @@ class _Check:
             self._add(kind, text, row)
         self._pictures()
         for other in self.others:
-            for row, kind, text in overlap.leaking_rows(self.records, other, self.settings.patient_fields):
-                self._add(kind, text, row)
+            self._leaks(other)
         self.report.findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), -1 if finding.row is None else finding.row))
 
     def _add(self, kind: str, text: str, row: int | None = None) -> None:
@@ -179,7 +180,12 @@ class _Check:
             return
         # spawn: this process may have threads of the core, which a fork would cut off
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_take_work, initargs=(work,)) as pool:
-            yield from pool.map(_do_work, chunks)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it: Ctrl-C is for us, who end them
+            try:
+                found = pool.map(_do_work, chunks)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            yield from found
 
     def _whole_file(self) -> None:
         records = self.records
@@ -213,15 +219,21 @@ class _Check:
                 self._add_picture(picture, kind, text)
         for picture, kind, text in overlap.repeated_pictures(pictures):
             self._add_picture(picture, kind, text)
-        for other in self.others:
-            theirs = {key: image for record in other.records for image in images_of(record) if (key := key_of(image)) is not None}
-            other.pictures = self._probe(other.folder, theirs, f"images of {other.name}")
-            for picture, kind, text in overlap.leaking_pictures(pictures, other):
-                self._add_picture(picture, kind, text)
+
+    def _leaks(self, other: overlap.OtherFile) -> None:
+        theirs = {key: image for record in other.records for image in images_of(record) if (key := key_of(image)) is not None}
+        other.pictures = self._probe(other.folder, theirs, f"images of {other.name}")
+        content = digests([*self.report.pictures, *other.pictures])
+        for picture, kind, text in overlap.leaking_pictures(self.report.pictures, other, content):
+            self._add_picture(picture, kind, text)
+        for row, kind, text in overlap.leaking_patients(self.records, other, self.settings.patient_fields):
+            self._add(kind, text, row)
+        for row, kind, text in overlap.leaking_rows(self.records, self.report.pictures, other, content):
+            self._add(kind, text, row)
 
     def _probe(self, folder: Path, images: dict[Hashable, Any], label: str) -> list[Picture]:
         with self._bar(len(images), label, "image") as bar:
-            return probe_all(folder, images, self.settings.pictures, bar.update)
+            return probe_all(ImageStore(folder), images, self.settings.pictures, bar.update)
 
     def _add_picture(self, picture: Picture, kind: str, text: str) -> None:
         """Once for each picture, at the first row that shows it."""

@@ -83,6 +83,7 @@ KINDS: dict[str, Kind] = {
                         "window it yourself if absolute grey values matter"),
     "image_frames": Kind("note", "several frames or pages, of which the first is read", "nothing, if the first is meant"),
     "image_colours": Kind("note", "colours other than RGB and grey are converted", "nothing"),
+    "image_text": Kind("warning", "text may be burned into a medical picture", "clean the pixels first; nothing here does it"),
     "image_duplicate": Kind("warning", "two names, the same bytes", "use one name, so that its rows share work"),
     "image_near_duplicate": Kind("warning", "two images look alike (--near_duplicates, --deep)", "look whether they are one picture"),
     # against other files

@@ -20,10 +20,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from stllava.errors import FormatError
-from stllava.images import FORMATS, ImageError, Source, load_image
-from stllava.limits import MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE_PX
-from stllava.paths import inside
+from stllava.data.image_store import ImageStore
+from stllava.image_source import HEAD_BYTES, FileSource, ImageError, Stored, byte_limit, medical_kind, read_source, shown_name, split_choice
+from stllava.images import FORMATS, check_size, load_image
 
 from .hashes import Print, fingerprint
 from .kinds import Found
@@ -59,7 +58,7 @@ class Picture:
 
     key: Hashable
     name: str
-    source: Source | None = None
+    source: FileSource | None = None
     place: str = ""
     n_bytes: int = 0
     format: str = ""
@@ -77,81 +76,112 @@ def key_of(image: Any) -> Hashable | None:
     return None
 
 
-def probe_all(folder: Path, images: Mapping[Hashable, Any], rules: PictureRules, tick: Callable[[int], object],
+def probe_all(store: ImageStore, images: Mapping[Hashable, Any], rules: PictureRules, tick: Callable[[int], object],
               threads: int | None = None) -> list[Picture]:
     """One `Picture` for each image by its key, in their order. tick: called with the number of pictures done since."""
     with _silent_pillow(), ThreadPoolExecutor(threads or min(8, 2 * (os.cpu_count() or 1))) as pool:
         pictures = []
-        for picture in pool.map(lambda key: probe(folder, key, images[key], rules), images):
+        for picture in pool.map(lambda key: probe(store, key, images[key], rules), images):
             pictures.append(picture)
             tick(1)
     return pictures
 
 
-def probe(folder: Path, key: Hashable, image: Any, rules: PictureRules) -> Picture:
-    if not isinstance(image, str):
-        picture = Picture(key, "an image inside its record", image["bytes"], str(key), len(image["bytes"]))
-        _look(picture, rules)
-        return picture
-    picture = Picture(key, image)
+def probe(store: ImageStore, key: Hashable, image: Any, rules: PictureRules) -> Picture:
+    picture = Picture(key, shown_name(image) if isinstance(image, str) else "an image inside its record")
     try:
-        path = inside(folder, image)
-        status = os.stat(path)
-    except FormatError as error:
+        source = store.source(image)
+    except ImageError as error:
         picture.found.append(("image_name", re.sub("link to .*; want", "link that leads out; want", str(error).partition(": ")[2])))
+        return picture
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(split_choice(os.fspath(source))[0])
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("not a regular file")
+            picture.place, picture.n_bytes = str(path.resolve()) + os.fspath(source)[len(str(path)):], status.st_size
+        elif isinstance(source, Stored) and not store.exists(image):
+            raise FileNotFoundError
+        else:
+            picture.place = f"{source.name}#{source.choice}" if isinstance(source, Stored) else str(key)
+            picture.n_bytes = len(read_source(source).data)
     except (FileNotFoundError, NotADirectoryError):
         picture.found.append(("image_missing", "no such file"))
     except OSError as error:
         picture.found.append(("image_damaged", f"cannot be read: {error.strerror or error}"))
+    except ImageError as error:
+        picture.found.append(("image_empty", "0 bytes") if "is empty" in str(error) else ("image_damaged", _without_place(error, source)))
     else:
-        if not stat.S_ISREG(status.st_mode):
-            picture.found.append(("image_damaged", "not a regular file"))
-        else:
-            picture.source, picture.place, picture.n_bytes = path, str(path.resolve()), status.st_size
-            _look(picture, rules)
+        picture.source = source
+        _look(picture, source, rules)
     return picture
 
 
-def content(picture: Picture) -> BinaryIO:
-    """The file, or what stands for it. Raises OSError."""
-    if isinstance(picture.source, bytes):
-        return io.BytesIO(picture.source)
-    assert isinstance(picture.source, Path)
-    return open(os.open(picture.source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+def _choice_of(source: FileSource) -> str:
+    """What is inside a medical file: "frame=3"."""
+    if isinstance(source, Stored):
+        return source.choice
+    place = source.get("path") if isinstance(source, Mapping) else source
+    return split_choice(os.fspath(place))[1] if isinstance(place, (str, os.PathLike)) else ""
 
 
-def _look(picture: Picture, rules: PictureRules) -> None:
+def content(source: FileSource) -> BinaryIO:
+    """The file, or what stands for it. Raises OSError, ImageError."""
+    if isinstance(source, (str, os.PathLike)):
+        path = split_choice(os.fspath(source))[0]
+        return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    return io.BytesIO(read_source(source).data)
+
+
+def _look(picture: Picture, source: FileSource, rules: PictureRules) -> None:
     if not picture.n_bytes:
         picture.found.append(("image_empty", "0 bytes"))
         return
-    if picture.n_bytes > MAX_IMAGE_BYTES:
-        picture.found.append(("image_limit", f"{picture.n_bytes} bytes, limit {MAX_IMAGE_BYTES}"))
-        return
+    decode, header = False, list[Found]()
     try:
-        with content(picture) as file, Image.open(file, formats=FORMATS) as image:
-            header = list(_header_findings(image, file, picture, rules))
-            decode = rules.deep or _is_cut(file, picture)
-            if rules.prints and not decode:
-                image.draft("L", (64, 64))
-                picture.print = fingerprint(image)
+        with content(source) as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(0)
+            if picture.n_bytes > (limit := byte_limit(head)):
+                picture.found.append(("image_limit", f"{picture.n_bytes} bytes, limit {limit}"))
+                return
+            if medical_kind(head) or _choice_of(source):
+                header, decode = _medical_findings(picture, source, rules), rules.deep or rules.prints
+            else:
+                with Image.open(file, formats=FORMATS) as image:
+                    header = list(_header_findings(image, file, picture, rules))
+                    decode = rules.deep or _is_cut(file, picture)
+                    if rules.prints and not decode:
+                        image.draft("L", (64, 64))
+                        picture.print = fingerprint(image)
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:
+        picture.found.append(("image_limit", str(error)))
     except UnidentifiedImageError:
-        picture.found.append(("image_damaged", f"not one of {', '.join(FORMATS)}, or damaged in the header"))
+        picture.found.append(("image_damaged", f"not one of {', '.join(FORMATS)}, DICOM, NIfTI, or damaged in the header"))
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise a dozen types for damaged files
-        picture.found.append(("image_damaged", f"cannot be read: {_without_place(error, picture)}"))
+        picture.found.append(("image_damaged", _without_place(error, source)))
     else:
         picture.found += header
         if decode and not any(kind == "image_limit" for kind, _ in header):
-            _decode(picture, rules)
+            _decode(picture, source, rules)
 
 
-def _decode(picture: Picture, rules: PictureRules) -> None:
-    assert picture.source is not None
+def _medical_findings(picture: Picture, source: FileSource, rules: PictureRules) -> list[Found]:
+    """Of DICOM and NIfTI files; of their headers nothing is told but the size and whether there may be text in the pixels."""
+    from stllava.medical_images import burned_in_text, medical_size
+    whole = read_source(source)
+    picture.name, picture.format, picture.size = whole.name, whole.kind, medical_size(whole)
+    return [*_size_findings(picture.size, None, rules), *(("image_text", note) for note in burned_in_text(whole))]
+
+
+def _decode(picture: Picture, source: FileSource, rules: PictureRules) -> None:
     try:
-        rgb = load_image(picture.source).rgb
+        rgb = load_image(source).rgb
     except ImageError as error:
-        picture.found.append(("image_damaged", _without_place(error, picture)))
+        picture.found.append(("image_damaged", _without_place(error, source)))
         return
     if rules.deep and (rgb == rgb[0, 0]).all():
         picture.found.append(("image_blank", f"all {rgb.shape[1]}x{rgb.shape[0]} pixels are {tuple(map(int, rgb[0, 0]))}"))
@@ -161,14 +191,10 @@ def _decode(picture: Picture, rules: PictureRules) -> None:
 
 def _header_findings(image: Image.Image, file: BinaryIO, picture: Picture, rules: PictureRules) -> Iterator[Found]:
     picture.format, picture.size = "JPEG" if image.format == "MPO" else image.format or "", image.size
-    width, height = image.size
     expected = _FORMAT_OF.get(PurePosixPath(picture.name).suffix.lower())
     if expected not in (None, picture.format):
         yield "image_extension", f"the content is {picture.format}"
-    if not (width <= MAX_SIDE_PX and height <= MAX_SIDE_PX and width * height <= MAX_PIXELS):
-        yield "image_limit", f"{width}x{height} pixels, the limits are {MAX_SIDE_PX} a side and {MAX_PIXELS} in all"
-    elif min(width, height) < rules.min_side or max(width, height) > rules.max_aspect * min(width, height):
-        yield "image_size", f"{width}x{height} pixels"
+    yield from _size_findings(image.size, picture.n_bytes, rules)
     orientation = _orientation(image)
     if orientation != 1:
         yield "image_rotated", f"EXIF orientation {orientation}"
@@ -182,7 +208,22 @@ def _header_findings(image: Image.Image, file: BinaryIO, picture: Picture, rules
         yield "image_frames", f"{getattr(image, 'n_frames', 1)} frames"
 
 
+def _size_findings(size: tuple[int, int], n_bytes: int | None, rules: PictureRules) -> Iterator[Found]:
+    """n_bytes: of the file, where a few bytes cannot hold many pixels."""
+    width, height = size
+    try:
+        check_size(width, height, n_bytes)
+    except ValueError as error:
+        yield "image_limit", str(error)
+        return
+    if min(width, height) < rules.min_side or max(width, height) > rules.max_aspect * min(width, height):
+        yield "image_size", f"{width}x{height} pixels"
+
+
 def _orientation(image: Image.Image) -> int:
+    """As its header says; behind a PNG's pixels, where Pillow would decode them to look, nobody looks."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
@@ -211,9 +252,13 @@ def _is_cut(file: BinaryIO, picture: Picture) -> bool:
     return mark not in tail
 
 
-def _without_place(error: Exception, picture: Picture) -> str:
-    name = str(picture.source) if isinstance(picture.source, Path) else "picture in memory"
-    return str(error).removeprefix(f"{name}: ") or repr(error)
+def _without_place(error: Exception, source: FileSource) -> str:
+    """What an error says, without the name before it: the finding has that already."""
+    text = str(error) or repr(error)
+    place = os.fspath(source) if isinstance(source, (str, os.PathLike)) else source.name if isinstance(source, Stored) else "picture in a record"
+    for name in (place, shown_name(place), "picture in a record"):
+        text = text.removeprefix(f"{name}: ")
+    return text if "cannot be read" in text else f"cannot be read: {text}"
 
 
 @contextmanager
@@ -225,7 +270,7 @@ def _silent_pillow() -> Iterator[None]:
 
 
 def digests(pictures: Iterable[Picture]) -> dict[str, bytes]:
-    """Place -> hash of the content, of those pictures whose size in bytes another one has too: all others cannot be equal to any."""
+    """Place -> hash of content and choice, of those pictures whose size in bytes another one has too: all others cannot be equal to any."""
     by_size: dict[int, dict[str, Picture]] = {}
     for picture in pictures:
         if picture.place and picture.n_bytes:
@@ -233,14 +278,15 @@ def digests(pictures: Iterable[Picture]) -> dict[str, bytes]:
     found = {}
     for group in by_size.values():
         for picture in group.values() if len(group) > 1 else ():
-            with suppress(OSError):  # reported as unreadable
+            with suppress(OSError, ImageError):  # reported as unreadable
                 found[picture.place] = _digest(picture)
     return found
 
 
 def _digest(picture: Picture) -> bytes:
-    state = hashlib.blake2b(digest_size=16)
-    with content(picture) as file:
+    assert picture.source is not None
+    state = hashlib.blake2b(_choice_of(picture.source).encode(), digest_size=16)
+    with content(picture.source) as file:
         while block := file.read(_BLOCK):
             state.update(block)
     return state.digest()

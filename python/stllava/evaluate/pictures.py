@@ -1,4 +1,4 @@
-"""The pictures of a test set: files of a folder, members of an archive, or bytes inside its records."""
+"""The pictures of a test set: in a folder or an archive, inside its records, DICOM and NIfTI too (`data.image_store`)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["ItemPictures"]
 class ItemPictures:
     """Name -> what `load_image` takes.
 
-    folder: where names start, None: not known. items: the given records, with a name for every picture. One that a record holds
-    (``{"bytes", "path"}``, as Hugging Face stores it) gets a digest of it for a name, so that the questions of one picture are one group.
+    folder: where names start, None: not known. items: the given records, with a name for every picture. One that a record
+    holds (``{"bytes", "path"}``, as Hugging Face stores it) is named by its digest, so that the questions of one picture are one group.
     """
 
     def __init__(self, items: Sequence[Mapping[str, Any]], folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
         self._store = ImageStore(folder)
-        self._held: dict[str, bytes] = {}
+        self._held: dict[str, Mapping[str, Any]] = {}
         self.items = [self._named(item) for item in items]
         self.names = list(dict.fromkeys(name for item in self.items if isinstance(name := item.get("image"), str)))
 
     def __call__(self, name: str) -> FileSource:
-        """Raises FormatError for a name that leads out of the folder."""
+        """Raises ImageError for a name that leads out of the folder."""
         return self._held[name] if name in self._held else self._store.source(name)
 
     def require(self) -> None:
@@ -37,25 +37,27 @@ class ItemPictures:
         files = [name for name in self.names if name not in self._held]
         if files and self.folder is None:
             raise FormatError(f"{len(files)} pictures are files, the first {shown_name(files[0])!r}; give --image_folder")
-        sources = {name: self(name) for name in files}
-        if missing := [shown_name(str(self._store.folder / name)) for name in sources if not self._store.exists(name)]:
+        for name in files:
+            self._store.source(name)  # refuses what leads out of the folder
+        missing = [shown_name(name) for name in files if not self._store.exists(name)]
+        if missing:
             shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-            raise FormatError(f"{len(missing)} of {len(files)} pictures are missing: {shown}; is --image_folder right?", path=self.folder)
+            raise FormatError(f"{self.folder}: {len(missing)} of {len(files)} pictures are missing: {shown}; is --image_folder right?",
+                              path=self.folder)
 
     def digest(self) -> str:
-        """SHA-256 of the content of all of them, in the order of the items."""
+        """SHA-256 of the names and the content of all of them, in the order of the items."""
         found = hashlib.sha256()
         for name in self.names:
-            found.update(hashlib.sha256(self._held[name] if name in self._held else self._store.read(name)).digest())
+            found.update(name.encode("utf-8", "backslashreplace") + b"\0" + hashlib.sha256(self._store.read(self._held.get(name, name))).digest())
         return found.hexdigest()
 
     def _named(self, item: Mapping[str, Any]) -> dict[str, Any]:
         image = item.get("image")
         if not isinstance(image, Mapping):
             return dict(item)
-        if not isinstance(image.get("bytes"), (bytes, bytearray)):
+        if not isinstance(image.get("bytes"), bytes):
             return {**item, "image": image.get("path")}
-        data = bytes(image["bytes"])
-        name = f"embedded:{hashlib.sha256(data).hexdigest()[:16]}"
-        self._held[name] = data
+        name = f"embedded:{hashlib.sha256(image['bytes']).hexdigest()[:16]}"
+        self._held[name] = image
         return {**item, "image": name}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from stllava.data import benchmarks
 from stllava.evaluate.statistics import is_attainable
 
 __all__ = ["PUBLISHED", "SPLITS", "PublishedRow", "rows_for"]
 
-SPLITS = {"vqa-rad": (179, 272), "slake": (645, 416), "pathvqa": (3370, 3391)}
+SPLITS = {name: (benchmarks.PUBLISHED[name, "test"][0].open, benchmarks.PUBLISHED[name, "test"][0].closed) for name in benchmarks.BENCHMARKS}
 """Benchmark -> open and closed items of the test split that published numbers belong to (SLAKE: English; PathVQA: LLaVA-Med's 6761)."""
 
 _ZOO = "STLLaVA-Med, MODEL_ZOO"
@@ -33,7 +34,7 @@ class PublishedRow:
     @property
     def unattainable(self) -> dict[str, float]:
         """Closed accuracies that no number of right answers among the split's closed items gives."""
-        _, n_closed = SPLITS[self.benchmark]
+        n_closed = SPLITS[self.benchmark][1] or 0
         return {name: value for name, value in self.percent.items() if name.startswith("closed_accuracy") and not is_attainable(value, n_closed)}
 
 
@@ -68,7 +69,10 @@ def rows_for(benchmark: str | None, n_open: int, n_closed: int) -> tuple[list[Pu
     if SPLITS[name] != (n_open, n_closed):
         wanted = " open and ".join(map(str, SPLITS[name]))
         return [], f"Published {name} rows are not shown: they belong to {wanted} closed items, here are {n_open} and {n_closed}."
-    text = "Numbers as printed there, for orientation: prompts, decoding and splits are the authors'; none has an interval."
+    rows = [row for row in PUBLISHED if row.benchmark == name]
+    told = ["Numbers as printed there, for orientation: prompts, decoding and splits are the authors'; none has an interval."]
     if name != benchmark:
-        text = f"Taken for {name} by its number of items. {text}"
-    return [row for row in PUBLISHED if row.benchmark == name], text
+        told.insert(0, f"Taken for {name} by its number of items.")
+    told += [f"{row.model}: {'; '.join(row.caveats)}." for row in rows if row.caveats]
+    told += [f"{row.model}: {metric} {value:.2f} is not k of {n_closed} items." for row in rows for metric, value in row.unattainable.items()]
+    return rows, " ".join(told)

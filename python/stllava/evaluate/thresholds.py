@@ -34,6 +34,8 @@ WORST = 10
 """Wrong answers that a failure shows."""
 WIDTH = 44
 """Characters of a question or an answer in that table."""
+PATIENCE = 1800
+"""Seconds to wait for another process that writes the same answers."""
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str, os.PathLike), "text"), "int": ((int,), "whole number"), "float": ((int, float), "number")}
@@ -170,7 +172,7 @@ class Evaluations:
         """The scores of all answers.
 
         Raises:
-            StllavaError, OSError: the model, the data or a picture cannot be read.
+            StllavaError, ValueError, OSError: the model, the data or a picture cannot be read, no such benchmark, split or template.
         """
         key = dataclasses.replace(vqa, metric=None, at_least=None)
         if key not in self._reports:
@@ -201,12 +203,16 @@ class Evaluations:
             return [kept[question.id] for question in questions]
         model = self.model(vqa.model, vqa.model_base)
         template, _warning = choose_conv_mode(vqa.template, model.config, model_name_of(vqa.model))
+        waited = 0
         while True:
             try:
                 return answer_questions(model, questions, pictures, template=template, out=file, progress=False,
                                         model_id=model_name_of(vqa.model), max_new_tokens=vqa.max_new_tokens)
-            except LockedError:  # another worker of this session computes them
+            except LockedError:  # another worker of this session computes them; or a process elsewhere, which we do not wait for all night
+                if waited >= PATIENCE:
+                    raise
                 time.sleep(1)
+                waited += 1
 
     def missed(self, vqa: Vqa) -> str | None:
         """None if the threshold is reached, else how far it is: numbers, interval, and wrong answers."""

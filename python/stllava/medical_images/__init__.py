@@ -24,7 +24,7 @@ from stllava.images import LoadedImage
 from .choice import Unreadable
 from .silence import silence
 
-__all__ = ["load_medical", "medical_size"]
+__all__ = ["burned_in_text", "load_medical", "medical_size"]
 
 T = TypeVar("T")
 
@@ -45,6 +45,14 @@ def medical_size(content: Content) -> tuple[int, int]:
         return width, height
 
     return _in_silence(content, size)
+
+
+def burned_in_text(content: Content) -> list[str]:
+    """A note where the header says, or the kind of file makes it likely, that text is burned into the pixels."""
+    def notes(reader: ModuleType) -> list[str]:
+        return list(reader.burned_in(content.data))
+
+    return _in_silence(content, notes) if content.kind == "DICOM" else []
 
 
 def _in_silence(content: Content, call: Callable[[ModuleType], T]) -> T:

@@ -28,7 +28,7 @@ from stllava.limits import MAX_FRAMES, MAX_MEDICAL_BYTES, MAX_PLAIN_UNPACKED_BYT
 from .choice import Choice, Unreadable, parse_choice, pick, stage
 from .codestream import check_codestream
 
-__all__ = ["read", "size"]
+__all__ = ["burned_in", "read", "size"]
 
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _TECHNICAL = (
@@ -85,6 +85,11 @@ def size(data: bytes, chosen: str) -> tuple[int, int]:
     """(width, height) of every frame."""
     parse_choice(chosen, ("frame", "window"))
     return _size(_parse(data, pixels=False), len(data))
+
+
+def burned_in(data: bytes) -> list[str]:
+    """What the header says about text in the pixels, from the header alone."""
+    return _burned_in(_parse(data, pixels=False))
 
 
 # ---- the header ------------------------------------------------------------------------------------------------------------------

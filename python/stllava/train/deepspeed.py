@@ -155,7 +155,7 @@ class _Mapping:
         if value is None:
             if self.compat and "max_grad_norm" not in self.explicit:
                 self.given["max_grad_norm"] = 0.0
-                self.say("no gradient_clipping -> max_grad_norm 0: gradients are not clipped, as with DeepSpeed in the original's time (hf_compat 4.31)")
+                self.say("no gradient_clipping -> max_grad_norm 0: gradients are not clipped, as with DeepSpeed in the original's time")
             else:
                 self.say(f"no gradient_clipping -> max_grad_norm {self.value('max_grad_norm')}")
         elif value == "auto":

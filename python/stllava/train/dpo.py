@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 import stllava_c
+from stllava.data.dpo import DPODataset
 from stllava.model import LlavaModel, sequence_sums
 from stllava.tree import Sequence
 
@@ -137,11 +138,17 @@ class DPOObjective:
 
 
 class DPOTrainer(Trainer):
-    """Preference training on `PairDataset`s, e.g. :class:`stllava.data.dpo.DPODataset`. The model at construction is the reference."""
+    """Preference training on `PairDataset`s, or on what :class:`stllava.data.dpo.DPODataset` is made of.
+
+    Args as :class:`stllava.train.loop.Trainer`. The model at construction is the reference.
+    """
 
     Config = DPOConfig
     args: DPOConfig
     objective: DPOObjective
+
+    def make_dataset(self, data: Any, *args: Any, **settings: Any) -> DPODataset:
+        return DPODataset(data, *args, **settings)
 
     def make_objective(self) -> DPOObjective:
         return DPOObjective(self.model, self.args)

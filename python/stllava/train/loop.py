@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from stllava.progress import progress_bar
 
 from .arguments import TrainingArguments
 from .callbacks import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, is_better, metric_of
+from .from_script import ScriptNames, add_adapters, dataset_of, model_of, refuse
 from .groups import default_trainable, parameter_groups
 from .guard import TrainingGuard
 from .numerics import explained
@@ -45,13 +47,18 @@ class TrainOutput:
         return html_table([{"global_step": str(self.global_step), **{name: f"{value:.4g}" for name, value in self.metrics.items()}}])
 
 
-class Trainer:
+class Trainer(ScriptNames):
     """Trains a model on a data set. Subclasses say what the loss is (`make_objective`).
 
     Args:
-        model: adapters attached where wanted; `trainable` names what trains (default: every adapter and the projector, or all tensors
-            of a model without adapters).
-        args: settings; `train_dataset`, `eval_dataset`: what the objective asks for.
+        model: a `LlavaModel`, adapters attached where wanted, or the path of one; `trainable` names what trains (default: every adapter and the
+            projector, or all tensors of a model without adapters).
+        args: settings; None: the defaults, in trainer_output.
+        train_dataset, eval_dataset: what the objective asks for; or a file, or rows (a list of dictionaries, a `datasets.Dataset`), from which it is
+            made with `processing_class` (or `tokenizer`: ours; None: the model's), `image_folder`, `template` (None: the model's) and
+            `args.max_length`.
+        peft_config: adapters for the decoder, see `from_script.add_adapters`.
+        script: further arguments of transformers' and TRL's trainers, whose neutral values pass (`ref_model` None, `optimizers` (None, None)).
         callbacks: `TrainerCallback`s, beside those that `args.report_to` and `args.early_stopping_patience` ask for.
         compute_metrics: called with the trainer after each evaluation; its dictionary joins the logged one.
 
@@ -61,32 +68,45 @@ class Trainer:
 
     Config: ClassVar[type[TrainingArguments]] = TrainingArguments
 
-    def __init__(self, model: LlavaModel, args: TrainingArguments, train_dataset: Any, eval_dataset: Any = None, *,
-                 trainable: Seq[str] | None = None, callbacks: Seq[TrainerCallback | type[TrainerCallback]] = (),
-                 compute_metrics: Callable[[Trainer], dict[str, float]] | None = None) -> None:
+    def __init__(self, model: LlavaModel | str | Path, args: TrainingArguments | None = None, train_dataset: Any = None, eval_dataset: Any = None, *,
+                 trainable: Seq[str] | None = None, callbacks: Seq[TrainerCallback | type[TrainerCallback]] | None = (),
+                 compute_metrics: Callable[[Trainer], dict[str, float]] | None = None, processing_class: Any = None, tokenizer: Any = None,
+                 peft_config: Any = None, image_folder: str | Path | None = None, template: str | None = None, **script: Any) -> None:
+        refuse(script)
+        args = self.Config("trainer_output") if args is None else args
         if not isinstance(args, self.Config):
             raise TypeError(f"{type(self).__name__} needs {self.Config.__name__}, got {type(args).__name__}")
-        self.model, self.args = model, args
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.model, self.args = model_of(model), args
+        adapted = None if peft_config is None else add_adapters(self.model, peft_config, args.seed)
+        wanted = trainable if trainable is not None else adapted if adapted is not None else default_trainable(self.model)
+        self._dataset_of = partial(dataset_of, make=self.make_dataset, model=self.model, tokenizer=tokenizer if processing_class is None else
+                                   processing_class, image_folder=image_folder, template=template, max_length=getattr(args, "max_length", 2048))
+        self.train_dataset, self.eval_dataset = self._dataset_of(train_dataset), self._dataset_of(eval_dataset)
+        if self.train_dataset is None:
+            raise ConfigError("there is no train_dataset", field="train_dataset")
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ConfigError(f"eval_strategy is {args.eval_strategy!r}, but there is no eval_dataset", field="eval_strategy")
         self.callbacks: list[TrainerCallback] = []
-        for callback in (*callbacks, *trackers(args)):
+        for callback in (*(callbacks or ()), *trackers(args)):
             self.add_callback(callback)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         self.compute_metrics = compute_metrics
-        self.plan = _plan(args, train_dataset)
-        self.groups = parameter_groups(model, list(trainable) if trainable is not None else default_trainable(model), args)
+        self.plan = _plan(args, self.train_dataset)
+        self.groups = parameter_groups(self.model, list(wanted), args)
         if args.gradient_checkpointing:
-            core = model.config.core_config()
-            model.run.set_recompute(core["vision"]["n_layers"] if core["vision"] else 0, core["decoder"]["n_layers"])
+            core = self.model.config.core_config()
+            self.model.run.set_recompute(core["vision"]["n_layers"] if core["vision"] else 0, core["decoder"]["n_layers"])
         self.objective: Objective = self.make_objective()
-        self.updater = Updater(model, self.groups, self.objective, args, self.plan.total_steps)
+        self.updater = Updater(self.model, self.groups, self.objective, args, self.plan.total_steps)
         self.state = TrainerState(max_steps=self.plan.total_steps, num_train_epochs=args.num_train_epochs)
         self.control = TrainerControl()
 
     def make_objective(self) -> Objective:
+        raise NotImplementedError
+
+    def make_dataset(self, data: Any, *args: Any, **settings: Any) -> Any:
+        """The data set of a file or of rows."""
         raise NotImplementedError
 
     def before_training(self) -> None:
@@ -222,8 +242,8 @@ class Trainer:
 
     def _after_step(self, log: Any) -> None:
         args, state, control = self.args, self.state, self.control
-        is_end = state.global_step == self.plan.total_steps or (args.logging_first_step and state.global_step == 1)
-        control.should_log = is_end or self._due(args.logging_strategy, "logging_steps")
+        at_an_end = state.global_step == self.plan.total_steps or (args.logging_first_step and state.global_step == 1)
+        control.should_log = at_an_end or self._due(args.logging_strategy, "logging_steps")
         control.should_save = self._due(args.save_strategy, "save_steps")
         control.should_evaluate = self._due(args.eval_strategy, "eval_steps")
         self._call("on_step_end")
@@ -244,9 +264,8 @@ class Trainer:
 
     def _save(self) -> Path:
         state, output_dir = self.state, Path(self.args.output_dir)
-        best = output_dir / f"checkpoint-{state.best_global_step}"
-        if state.best_global_step == state.global_step or best.is_dir():
-            state.best_model_checkpoint = str(best)
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(output_dir / f"checkpoint-{state.global_step}")
         checkpoint = save_checkpoint(output_dir, self.updater, state, self.plan)
         rotate(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
         self._call("on_save")
@@ -258,9 +277,11 @@ class Trainer:
 
     # ---- evaluation and saving ---------------------------------------------------------------------------------------
 
-    def evaluate(self, dataset: Any = None) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """eval_loss and the objective's metrics (``eval_`` prefix), weighted over the data set; then `compute_metrics`."""
-        dataset = self.eval_dataset if dataset is None else dataset
+        dataset = self.eval_dataset if eval_dataset is None else self._dataset_of(eval_dataset)
+        if dataset is None:
+            raise ConfigError("an evaluation needs data: pass eval_dataset", field="eval_dataset")
         total, weight = 0.0, 0
         sums: dict[str, float] = {}
         size = self.args.per_device_eval_batch_size

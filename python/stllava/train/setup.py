@@ -57,14 +57,15 @@ def build_model(model_args: ModelArguments, training_args: TrainingArguments, da
     if model_args.pretrain_lora is not None:
         _continue_tower_adapter(found, model_args)
     found.config = _as_written(found, model_args, training_args, data_args)
+    found.lora_configs = _with_dropout(found.lora_configs, model_args, training_args)
     directory.check_shapes(found.config, directory.shapes_of(found.tensors), found.sources, [base])
+    directory.check_finite_values(found, None)
     places = [Path(p) for p in (tower, base, model_args.model_base) if p is not None]
     settings = next((p for p in places if picture_settings(p) is not None), None)
-    processor = None if found.config.vision is None else ImageProcessor(size=found.config.vision.image_size, aspect=found.config.image_aspect_ratio)
-    if settings is not None and processor is not None:
-        processor = ImageProcessor.from_pretrained(settings, aspect=found.config.image_aspect_ratio)
+    aspect, vision = found.config.image_aspect_ratio, found.config.vision
+    assert vision is not None  # `check_shapes` has seen the tower
+    processor = ImageProcessor(size=vision.image_size, aspect=aspect) if settings is None else ImageProcessor.from_pretrained(settings, aspect=aspect)
     where = next((p for p in (base, model_args.model_base) if p is not None and has_tokenizer(p)), None)
-    found.lora_configs = _dropout(found.lora_configs, model_args, training_args)
     model = LlavaModel.from_checkpoint(found, dtype="f64" if model_args.dtype == "f64" else "f32",
                                        tokenizer=None if where is None else load_tokenizer(where), image_processor=processor)
     return model, _adapt(model, model_args, training_args)
@@ -130,7 +131,7 @@ def _read(args: ModelArguments, base: Path, tower: Path | None, own: LlavaConfig
     is_decoder = own is not None and own.mm_vision_tower is None
     if is_decoder and tower is None:
         raise ConfigError(f"{base}: is a decoder without a vision tower: pass vision_tower=DIR", path=base, field="vision_tower")
-    found = directory.read_checkpoint(base, args.model_base, None if is_decoder else tower)
+    found = directory.read_checkpoint(base, args.model_base, None if is_decoder else tower, check_finite=False)  # later, of all together
     if is_decoder and tower is not None:
         _add_tower(found, tower)
     changes: dict[str, Any] = {name: value for name in ("mm_vision_select_layer", "mm_vision_select_feature")
@@ -233,8 +234,8 @@ def _as_written(found: Checkpoint, args: ModelArguments, training: TrainingArgum
     return dataclasses.replace(config, extra={**defaults, **config.extra, **own})
 
 
-def _dropout(configs: tuple[LoraConfig | None, LoraConfig | None], args: ModelArguments, training: TrainingArguments
-             ) -> tuple[LoraConfig | None, LoraConfig | None]:
+def _with_dropout(configs: tuple[LoraConfig | None, LoraConfig | None], args: ModelArguments,
+                  training: TrainingArguments) -> tuple[LoraConfig | None, LoraConfig | None]:
     """Adapters from files train on with the dropout of the flags."""
     decoder, tower = configs
     return (decoder if decoder is None or not args.lora_enable else dataclasses.replace(decoder, lora_dropout=args.lora_dropout),

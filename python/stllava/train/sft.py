@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from stllava.data.sft import SFTDataset
 from stllava.model import LlavaModel
 from stllava.tree import Sequence
 
@@ -77,10 +78,13 @@ class SFTObjective:
 class SFTTrainer(Trainer):
     """Visual self-questioning SFT (or any SFT: the data set says what the targets are).
 
-    Args as :class:`Trainer`; `train_dataset` and `eval_dataset` are `SequenceDataset`s, e.g. :class:`stllava.data.sft.SFTDataset`.
+    Args as :class:`Trainer`; `train_dataset` and `eval_dataset` are `SequenceDataset`s, or what :class:`stllava.data.sft.SFTDataset` is made of.
     """
 
     Config = SFTConfig
+
+    def make_dataset(self, data: Any, *args: Any, **settings: Any) -> SFTDataset:
+        return SFTDataset(data, *args, seed=self.args.seed, **settings)
 
     def make_objective(self) -> SFTObjective:
         return SFTObjective(self.model, self.args)

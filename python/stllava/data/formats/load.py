@@ -44,6 +44,8 @@ class Loaded:
 
     def checked(self) -> Loaded:
         """Itself. Raises FormatError where no layout fits, DataError listing the rows that are not of the layout."""
+        if not self.records:
+            raise FormatError(f"{self.path}: no records", path=self.path)
         if self.layout is None:
             raise FormatError(f"{self.path}: rows of no known layout, with the fields {', '.join(sorted(self.fields)) or '(none)'}; known are: "
                               f"{known_layouts()}", path=self.path)
@@ -69,7 +71,7 @@ def load(path: str | Path, split: str | None = None, keep: Keep = _whole) -> Loa
         keep: called with every neutral record as it comes, gives what is kept of it: so that images inside a Parquet file need not all be in memory.
 
     Raises:
-        FormatError: unreadable, or without that split. OSError. ImportError: Parquet without pyarrow.
+        FormatError: unreadable, or without that split. OSError. ConfigError: Parquet without pyarrow.
     """
     path = Path(path)
     wanted = None if split is None else canonical_split(split)
@@ -151,17 +153,26 @@ def _rename_duplicates(whole: Loaded) -> None:
         return
     taken = {str(record.get("id")) for record in whole.records}
     seen: set[str] = set()
+    last: dict[str, int] = {}
     renamed = []
     for row, record in enumerate(whole.records):
         name = str(record.get("id"))
         if "conversations" in record and name in seen:
-            number = next(n for n in range(2, len(whole.records) + 2) if f"{name}-{n}" not in taken)
-            taken.add(f"{name}-{number}")
-            whole.records[row] = {**record, "id": f"{name}-{number}"}
+            whole.records[row] = {**record, "id": next_name(name, taken, last)}
             renamed.append(name)
         seen.add(name)
     if renamed:
         whole.notes.append(f"{len(renamed)} ids occur more than once, the first {renamed[0]!r}; later ones are called {renamed[0]}-2 and so on")
+
+
+def next_name(name: str, taken: set[str], last: dict[str, int]) -> str:
+    """NAME-2, NAME-3, ...: the next that is not `taken`, which it then is. `last`: the numbers given so far."""
+    number = last.get(name, 1) + 1
+    while f"{name}-{number}" in taken:
+        number += 1
+    last[name] = number
+    taken.add(f"{name}-{number}")
+    return f"{name}-{number}"
 
 
 def _of_split(whole: Loaded, wanted: str | None) -> Loaded:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stllava.errors import FormatError
-from stllava.limits import MAX_DATA_BYTES, MAX_IMAGE_BYTES
+from stllava.errors import ConfigError, FormatError
+from stllava.image_source import byte_limit
+from stllava.limits import MAX_DATA_BYTES
 from stllava.paths import read_head
 
-__all__ = ["parquet_fields", "pyarrow", "read_parquet"]
+__all__ = ["encode_parquet", "pyarrow", "read_parquet"]
 
 BATCH_ROWS = 64
+ROW_GROUP_ROWS = 100
+"""As `datasets` has it where images are inside: a group is what a reader unpacks at once."""
 
 
 def pyarrow() -> Any:
-    """The package with `parquet` imported. Raises ImportError in one line."""
+    """The package with `parquet` imported. Raises ConfigError: it is not there."""
     try:
         importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install 'stllava[parquet]'") from error
+        raise ConfigError("Parquet files need the package pyarrow: pip install 'stllava[parquet]'") from error
     return importlib.import_module("pyarrow")
 
 
@@ -29,7 +33,7 @@ def read_parquet(path: str | Path) -> Iterator[dict[str, Any]]:
     """Rows one after the other, a few at a time in memory. Fields without a value (null) are left out, an image with a name alone becomes the name.
 
     Raises:
-        FormatError: damaged, or larger than the limits. ImportError: no pyarrow.
+        FormatError: damaged, or larger than the limits. ConfigError: no pyarrow.
     """
     pa = pyarrow()
     read_head(path, 4)  # a regular file
@@ -49,14 +53,6 @@ def read_parquet(path: str | Path) -> Iterator[dict[str, Any]]:
         raise FormatError(f"{path}: not a readable Parquet file: {str(error)[:300]}", path=path) from error
 
 
-def parquet_fields(path: str | Path) -> list[str]:
-    pa = pyarrow()
-    try:
-        return list(pa.parquet.read_schema(path).names)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise FormatError(f"{path}: not a readable Parquet file: {str(error)[:300]}", path=path) from error
-
-
 def _check_sizes(file: Any, path: str | Path) -> None:
     """The sizes that the file announces for itself, before anything is unpacked."""
     metadata = file.metadata
@@ -73,7 +69,57 @@ def _image(value: Any, path: str | Path) -> Any:
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
         if value.get("bytes") is None:
             return value.get("path")
-        if len(value["bytes"]) > MAX_IMAGE_BYTES:
-            raise FormatError(f"{path}: an image of {len(value['bytes'])} bytes, limit {MAX_IMAGE_BYTES}", path=path)
+        if len(value["bytes"]) > (limit := byte_limit(value["bytes"])):
+            raise FormatError(f"{path}: an image of {len(value['bytes'])} bytes, limit {limit}", path=path)
         return {"bytes": value["bytes"], "path": value.get("path")}
     return value
+
+
+def encode_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+    """The rows as a Parquet file, columns in the order of their first appearance, missing fields null.
+
+    A column has one type: ids that are partly text become text; images that are partly names become {bytes, path}. `datasets` is told which columns
+    are images. Raises FormatError naming the field of any other mixture.
+    """
+    pa = pyarrow()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns: dict[str, Any] = {}
+    images: dict[str, Any] = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if name in ("id", "question_id") and {type(value) for value in values} >= {int, str}:
+            values = [value if value is None else str(value) for value in values]
+        kind = None
+        if name in ("image", "images"):
+            values, feature = _image_column(values)
+            if feature is not None:
+                images[name] = feature
+                kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+                kind = pa.list_(kind) if "feature" in feature else kind
+        try:
+            columns[name] = pa.array(values, kind)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise FormatError(f"field {name!r} has values of different types, which no Parquet column holds: {str(error)[:200]}",
+                              field=name) from error
+    table = pa.table(columns)
+    if images:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": images}})})
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(table, sink, row_group_size=ROW_GROUP_ROWS)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _image_column(values: list[Any]) -> tuple[list[Any], dict[str, Any] | None]:
+    """Values of one type, and what `datasets` calls it where the images are inside."""
+    lists = any(isinstance(value, list) for value in values)
+    values = [[value] if lists and value is not None and not isinstance(value, list) else value for value in values]
+    inside = any(isinstance(image, dict) for value in values for image in (value if isinstance(value, list) else [value]))
+    if not inside:
+        return values, None
+
+    def stored(image: Any) -> Any:
+        return {"bytes": None, "path": image} if isinstance(image, str) else image
+
+    values = [[stored(one) for one in value] if isinstance(value, list) else stored(value) for value in values]
+    return values, {"feature": {"_type": "Image"}, "_type": "List"} if lists else {"_type": "Image"}
