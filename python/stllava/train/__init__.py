@@ -8,5 +8,7 @@
     plan        which samples every update sees                     update      micro-batches -> gradients -> clipped AdamW step
     sft, dpo    a micro-batch, its loss, d loss / d log-prob        loop        the Trainer: progress, logs, evaluation, saving, resume
     state       checkpoints that are complete or not there          guard       fails a run that trains nothing
+    output      the model's files, as the original leaves them      schedule    the learning rate at every update
+    callbacks   hooks into the loop; early stopping                 trackers    TensorBoard and Weights & Biases
     terminate   SIGTERM: one last checkpoint
 """
