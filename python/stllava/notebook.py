@@ -63,20 +63,14 @@ class LossPlot(TrainerCallback):
             points[:] = [(row["step"], row[metric]) for row in state.log_history if metric in row]
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._take(kwargs["logs"], state.global_step)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._take(kwargs["metrics"], state.global_step)
+        for metric, points in self.points.items():
+            if metric in kwargs["logs"]:
+                points.append((state.global_step, float(kwargs["logs"][metric])))
+        if time.monotonic() - self._drawn > SECONDS:
+            self._draw()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._draw()
-
-    def _take(self, entry: Mapping[str, Any], step: int) -> None:
-        for metric, points in self.points.items():
-            if metric in entry:
-                points.append((step, float(entry[metric])))
-        if time.monotonic() - self._drawn > SECONDS:
-            self._draw()
 
     def _draw(self) -> None:
         if in_notebook():

@@ -89,7 +89,7 @@ def test_a_loss_plot_is_a_small_picture_of_all_steps():
         plot.on_log(None, state, None, logs={"loss": 5 / step})
     state.global_step = 5000
     plot.on_log(None, state, None, logs={"loss": float("nan")})
-    plot.on_evaluate(None, state, None, metrics={"eval_loss": 0.5, "eval_accuracy": 1.0})
+    plot.on_log(None, state, None, logs={"eval_loss": 0.5, "eval_accuracy": 1.0})
     assert repr(plot) == "LossPlot(loss 5 to nan in 5000 steps; eval_loss 0.5 to 0.5 in 5000 steps)"
     html = plot._repr_html_()
     assert len(html) < 20_000
