@@ -178,7 +178,7 @@ def test_other_mistakes(tmp_path, names):
     with pytest.raises(ConfigError, match="there is no train_dataset"):
         SFTTrainer(tiny_model(), SFTConfig(str(tmp_path)))
     trainer = SFTTrainer(tiny_model(), SFTConfig(str(tmp_path)), sft_records(names), image_folder=tmp_path)
-    with pytest.raises(ConfigError, match="there is no eval_dataset"):
+    with pytest.raises(ConfigError, match="pass eval_dataset"):
         trainer.evaluate()
 
 
