@@ -84,8 +84,11 @@ class ScriptConfig(SimpleNamespace):
     """config.json as attributes, with the neutral value for keys of LLaVA that a checkpoint may leave out."""
 
     def __init__(self, config: LlavaConfig, **more: Any) -> None:
-        super().__init__(**{"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": None, "use_cache": True}
-                         | config.to_dict() | more)
+        super().__init__(**{"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": None, "use_cache": True,
+                            "_name_or_path": ""} | config.to_dict() | more)
+
+    def get_text_config(self) -> Self:
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))

@@ -115,7 +115,7 @@ def shown_name(name: str, kind: str = "") -> str:
 
     kind: see `medical_kind`; files that cannot be read are medical by their suffix. The environment variable STLLAVA_SHOW_NAMES=1 shows all names.
     """
-    medical = kind or suffix_of(name) in MEDICAL_SUFFIXES
+    medical = kind or suffix_of(split_choice(name)[0]) in MEDICAL_SUFFIXES
     if not medical or name.startswith("picture in ") or os.environ.get(SHOW_NAMES) == "1":
         return name
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), key=_SALT, digest_size=4).hexdigest()

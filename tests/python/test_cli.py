@@ -47,6 +47,9 @@ def test_asking_to_pairs(tmp_path, model_dir, capsys):
     assert main(["judge", "--answers", answered, "--replies", str(tmp_path / "replies.jsonl"), "--out", judged]) == 0
     assert main(["pairs", "--judged", judged, "--out", str(tmp_path / "pairs.json")]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["pairs", "--judged", judged, "--out", str(tmp_path / "original.json"), "--original_compat"]) == 0
+    original = capsys.readouterr()
+    assert json.loads(original.out)["dropped"]["tie"] == 0 and original.err == "stllava pairs: original_compat: ties last, balance False\n"
     assert report["pairs"] + sum(report["dropped"].values()) == len(rows) and report["pairs"] == len(json.loads((tmp_path / "pairs.json").read_text()))
 
 

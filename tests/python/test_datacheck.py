@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zipfile
+import zlib
 from html.parser import HTMLParser
 
 import numpy as np
@@ -225,6 +227,19 @@ def test_leaks_are_the_intersection(tmp_path_factory, ours, theirs):
     assert not any("patient 1" in finding.text for finding in report.findings)
 
 
+def test_names_in_two_folders_are_two_images_and_bytes_are_one(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    draw(1).save(tmp_path / "a" / "1.png")
+    draw(2).save(tmp_path / "b" / "1.png")
+    draw(1).save(tmp_path / "b" / "other.png")
+    (tmp_path / "test.json").write_text(json.dumps([said("What is it?\n<image>", "It.", id=1, image="1.png")]))
+    rows, options = [said("<image>\nWhat is IT?", "It.", id=2, image="1.png")], {"against": [tmp_path / "test.json"], "against_image_folder": tmp_path / "b"}
+    assert check_data(rows, tmp_path / "a", **options).findings == []
+    (tmp_path / "test.json").write_text(json.dumps([said("What is it?\n<image>", "It.", id=1, image="other.png")]))
+    assert found(check_data(rows, tmp_path / "a", **options)) == {(0, "leak_image"), (0, "leak_row")}
+
+
 def test_an_image_inside_its_record_is_an_image(tmp_path):
     draw(1).save(tmp_path / "a.png")
     inside = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
@@ -246,6 +261,25 @@ def test_images_in_archives(tmp_path):
     assert found(report) == {(3, "image_duplicate"), (4, "image_damaged"), (5, "image_missing"), (6, "image_name")}
     inside = check_data([said(f"<image>\nWhat is {i}?", "It.", image=f"a/{i}.png") for i in range(2)], tmp_path / "images.zip", against=[])
     assert inside.findings == [] and [picture.size for picture in inside.pictures] == [(96, 72), (96, 72)]
+
+
+def test_frames_of_one_file_are_several_images(tmp_path):
+    (tmp_path / "a.dcm").write_bytes(scans.dicom(frames=2, rows=60, columns=80, BurnedInAnnotation="NO"))
+    names = ["a.dcm#frame=0", "a.dcm#frame=1", "a.dcm#frame=2"]
+    report = check_data([said(f"<image>\nWhat is {i}?", "It.", image=name) for i, name in enumerate(names)], tmp_path,
+                        settings=CheckSettings(pictures=PictureRules(deep=True)))
+    assert found(report) == {(2, "image_damaged")}
+
+
+def test_limits_are_read_off_the_header(tmp_path):
+    """More pixels than the file can hold; more than Pillow opens."""
+    for name, size in (("a.png", (9000, 9000)), ("b.png", (40000, 40000))):
+        draw(1).save(tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+        header = b"IHDR" + struct.pack(">II", *size) + data[24:29]
+        (tmp_path / name).write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    report = check_data([said(f"<image>\nWhat is {name}?", "It.", image=name) for name in ("a.png", "b.png")], tmp_path)
+    assert found(report) == {(0, "image_limit"), (1, "image_limit")}
 
 
 def test_nothing_of_a_medical_header_or_name_is_told(tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 from original_scripts import ZERO3
 
 from stllava.cli import main, train
+from stllava.cli.flags import flags_of
 from stllava.cli.help_texts import HELP
 from stllava.errors import ConfigError
 from stllava.train.deepspeed import apply_deepspeed
@@ -105,10 +106,14 @@ def test_a_flag_without_effect_says_what_happens_instead(name, settings, capsys)
         assert len(said) == 1 and said[0].startswith(f"stllava sft: {name} {words[1]} has no effect: ") and entry.instead in said[0]
         assert found.training == settings()[0].training
     if entry.only:
-        other = "True" if entry.only == (False,) else VALUES[entry.kind]
+        other = "True" if entry.kind is bool else "7"
         assert main(["sft", *NEEDED, f"--{name}", other]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and entry.advice in error and name in error and (not entry.secret or f" {other}" not in error)
+
+
+def test_what_has_an_effect_is_not_in_the_table():
+    assert not NO_EFFECT.keys() & {flag.name for stage in STAGES.values() for flag in flags_of(stage)}
 
 
 TRANSFORMERS = shlex.split("""output_dir overwrite_output_dir do_train do_eval do_predict evaluation_strategy prediction_loss_only per_device_train_batch_size

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import dpo_records, sft_records, tiny_model, write_pictures
 
 from stllava import DPOConfig, DPOTrainer, LlavaModel, LoraConfig, SFTConfig, SFTTrainer, TrainerCallback
@@ -120,6 +121,23 @@ def test_a_file_and_what_load_pretrained_model_gives(checkpoint, names, tmp_path
     assert trainer.train_dataset.template.name == "v1_sq" and trainer.train_dataset.sq_r == 0.5
 
 
+def test_rows_with_pictures_in_memory(checkpoint, names, tmp_path):
+    """As a script has them that opens them itself, or as `datasets` decodes them: in a field, or in the part of a message where they stand."""
+    def rows(picture, in_part):
+        part = {"type": "image", "image": picture} if in_part else {"type": "image"}
+        return [{"messages": [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}, {"role": "assistant", "content": "A thing."}],
+                 **({} if in_part else {"images": [picture]})}]
+
+    thetas = []
+    for data, folder in ((rows(names[0], False), tmp_path), (rows(Image.open(tmp_path / names[0]), False), None),
+                         (rows(Image.open(tmp_path / names[0]), True), None)):
+        trainer = SFTTrainer(str(checkpoint), SFTConfig(str(tmp_path / f"out{len(thetas)}"), **{**FEW, "per_device_train_batch_size": 1}), data,
+                             image_folder=folder)
+        trainer.train()
+        thetas.append(np.array(trainer.model.theta))
+    assert np.array_equal(thetas[0], thetas[1]) and np.array_equal(thetas[0], thetas[2])
+
+
 def test_adapters_of_modules_to_save_train_too(checkpoint, names, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mm_projector"])
     trainer = DPOTrainer(str(checkpoint), args=DPOConfig(str(tmp_path / "out"), **FEW), train_dataset=dpo_records(names), peft_config=config,
@@ -160,7 +178,7 @@ def test_other_mistakes(tmp_path, names):
     with pytest.raises(ConfigError, match="there is no train_dataset"):
         SFTTrainer(tiny_model(), SFTConfig(str(tmp_path)))
     trainer = SFTTrainer(tiny_model(), SFTConfig(str(tmp_path)), sft_records(names), image_folder=tmp_path)
-    with pytest.raises(ConfigError, match="there is no eval_dataset"):
+    with pytest.raises(ConfigError, match="pass eval_dataset"):
         trainer.evaluate()
 
 

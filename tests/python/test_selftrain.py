@@ -69,7 +69,7 @@ def test_recorded_replies():
     replies = {("a", row["question"], "a", "b"): "8 7\nwhy", ("a", row["question"], "b", "a"): "6, 9"}
     [judged] = judge([row], RecordedJudge(replies), progress=False)
     assert [c["score"] for c in judged["candidates"]] == [8.5, 6.5]
-    with pytest.raises(KeyError, match="no recorded reply"):
+    with pytest.raises(ConfigError, match="no recorded reply"):
         judge([answered("a", "c")], RecordedJudge(replies), progress=False)
     bad = {("a", row["question"], "a", "b"): "I cannot say", ("a", row["question"], "b", "a"): "6 9"}
     [judged] = judge([row], RecordedJudge(bad), progress=False)
@@ -134,3 +134,13 @@ def test_item_seeds_differ_and_stay():
     seeds = {item_seed(0, "ask", f"image{i}", j) for i in range(50) for j in range(4)}
     assert len(seeds) == 200 and item_seed(0, "ask", "image1", 2) == item_seed(0, "ask", "image1", 2) != item_seed(1, "ask", "image1", 2)
     assert json.dumps(item_seed(3, "x"))
+
+
+def test_ties_as_in_the_original():
+    """Of equal scores the second answer is chosen (spec D42), when asked for; otherwise the pair is dropped and counted."""
+    rows = [judged("a/0", ("one", 7), ("two", 7)), judged("a/1", ("one", 8), ("two", 7))]
+    pairs, dropped = build_pairs(rows, str)
+    assert [pair["id"] for pair in pairs] == ["a/1"] and dropped["tie"] == 1
+    pairs, dropped = build_pairs(rows, str, PairSettings(ties="last"))
+    assert [(pair["chosen_conversations"][1]["value"], pair["reject_conversations"][1]["value"]) for pair in pairs] == [("two", "one"), ("one", "two")]
+    assert dropped["tie"] == 0

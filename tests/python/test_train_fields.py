@@ -64,6 +64,27 @@ def test_the_best_model_is_kept_and_loaded(tmp_path, pictures):
     assert state["global_step"] == 5 and state["log_history"] == run.state.log_history
 
 
+def test_a_resumed_run_knows_the_best(tmp_path, pictures):
+    """Stopped behind the best evaluation, resumed from before it and from behind it: same weights, same files."""
+    def run(stop=0, resume=None):
+        made = trainer(tmp_path / "out", pictures, SCORES, **BEST)
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = state.global_step == stop
+        made.add_callback(Stop)
+        made.train(resume_from_checkpoint=resume)
+        return made.model.theta.copy(), {path.relative_to(tmp_path / "out"): path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
+
+    weights, written = run()
+    for resume_at in (1, 3):
+        (tmp_path / "out").rename(tmp_path / f"before {resume_at}")
+        run(stop=4)
+        again = run(resume=str(tmp_path / "out" / f"checkpoint-{resume_at}"))
+        np.testing.assert_array_equal(again[0], weights)
+        assert again[1] == written
+
+
 def test_a_checkpoint_of_another_run_is_not_the_best(tmp_path, pictures):
     """The best evaluation is at update 2, which is not saved; what lies in checkpoint-2 is of a run before."""
     trainer(tmp_path, pictures, save_strategy="steps", save_steps=2, max_steps=2, learning_rate=0.5).train()

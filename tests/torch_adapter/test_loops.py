@@ -134,6 +134,9 @@ def test_text_rows_of_trl(tmp_path):
     assert losses(trainer)[-1] < losses(trainer)[0] == pytest.approx(np.log(2), abs=1e-6)
 
 
-def test_peft_config_is_refused(tmp_path):
+def test_what_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="add_lora"):
         StllavaDPOTrainer(with_adapters(), peft_config=object())
+    for name in ("sync_ref_model", "precompute_ref_log_probs"):
+        with pytest.raises(ConfigError, match=f"{name}: not over the core's reference"):
+            StllavaDPOTrainer(with_adapters(), args=trl.DPOConfig(str(tmp_path), bf16=False, use_cpu=True, **{name: True}))

@@ -55,6 +55,8 @@ def _advice(code: int | None, path: Path, n_bytes: int | None) -> str:
         return f"{needed}{_n_free(path)} are free: make room or choose another directory; what was saved before still stands"
     if code == errno.ENOENT:
         return "its directory is not there: make it first"
+    if code in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        return "something else of that name is in the way: choose another"
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "choose a directory that you may write to"
     return "look after the disk, then save again; what was saved before still stands"

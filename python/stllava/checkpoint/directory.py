@@ -102,7 +102,8 @@ def read_checkpoint(model_path: PathLike, model_base: PathLike | None = None, vi
     """
     path = Path(model_path)
     if not path.is_dir():
-        raise FormatError(f"{path}: no such directory", path=path)
+        what = "is a file, want" if path.exists() else "no such directory, and nothing is downloaded; give"
+        raise FormatError(f"{path}: {what} the directory of a checkpoint", path=path)
     has_adapters = peft.has_adapter(path) or peft.has_adapter(path / VIT_LORA)
     if has_weights(path):
         if has_adapters:
@@ -136,8 +137,8 @@ def _find_base(path: Path, model_base: PathLike | None, has_adapters: bool) -> P
     if model_base is None and peft.has_adapter(path):
         model_base = peft.read_config(path).base_model_name_or_path
     if model_base is None or not Path(model_base).is_dir():
-        raise FormatError(f"{path}: holds only what was trained; its base {str(model_base)!r} is not a directory here: pass "
-                          "model_base=DIR", path=path)
+        which = "its base, which it does not name," if model_base is None else f"its base {str(model_base)!r}, which is not a directory here,"
+        raise FormatError(f"{path}: holds only what was trained; {which} is needed: pass model_base=DIR", path=path)
     if not has_weights(model_base):
         raise FormatError(f"{model_base}: the base must hold full weights, there are none", path=model_base)
     return atomic.current(model_base)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -48,5 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stllava: interrupted", file=sys.stderr)
         return 130
     except (StllavaError, OSError, ValueError, MemoryError) as error:
-        print(f"stllava {args.verb}: {str(error) or 'out of memory'}", file=sys.stderr)
+        print(f"stllava {args.verb}: {_text(error)}", file=sys.stderr)
         return WRONG if isinstance(error, MISTAKES) and not isinstance(error, (NumericsError, LockedError)) else 1
+
+
+def _text(error: Exception) -> str:
+    """One line, with the file first, whoever raised it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error) or "out of memory"

@@ -30,6 +30,8 @@ def read_config(path: str, flags: Iterable[Flag]) -> dict[str, Any]:
     values = {}
     for key, value in _read(Path(path)).items():
         name = str(key).replace("-", "_")
+        if isinstance(value, dict) and name != "lr_scheduler_kwargs":
+            raise ConfigError(f"{path}: {key} is a table; write its settings at the top level", path=path, field=str(key))
         if name not in known:
             raise ConfigError(f"{path}: unknown key {key!r}{did_you_mean(name, known)}", path=path, field=str(key))
         if value is not None:
@@ -40,12 +42,15 @@ def read_config(path: str, flags: Iterable[Flag]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     kind = path.suffix.lower()
     if kind not in (".toml", ".json", ".yaml", ".yml"):
-        raise ConfigError(f"{path}: is a configuration named .toml, .json or .yaml; found {kind or 'no ending'}", path=path)
+        raise ConfigError(f"{path}: a configuration is named .toml, .json or .yaml, this {kind or 'has no ending'}", path=path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if kind == ".json":
         return strict_json.read_object(path)
-    text = read_regular(path, MAX_JSON_BYTES).decode("utf-8", errors="strict")
+    try:
+        text = read_regular(path, MAX_JSON_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8: {error}", path=path) from error
     if kind == ".toml":
         try:
             return tomllib.loads(text)
@@ -67,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _convert(flag: Flag, value: Any, where: str) -> Any:
     if isinstance(value, list):
         if not flag.many:
-            raise ConfigError(f"{where} is a list, want one {flag.kind.__name__}", field=flag.name)
+            raise ConfigError(f"{where} is a list, want {_WANT[flag.kind]}", field=flag.name)
         return [_one(flag, element, where) for element in value]
     if isinstance(value, dict) and flag.name == "lr_scheduler_kwargs":
         return json.dumps(value)

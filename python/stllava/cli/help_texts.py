@@ -93,6 +93,7 @@ HELP = {
     "dataloader_num_workers": "threads that build micro-batches ahead; results do not depend on them",
     "dataloader_drop_last": "leave out the last micro-batch of an epoch where it is smaller",
     "group_by_length": "samples of like lengths together", "group_by_modality_length": "the same, with and without picture apart",
+    "train_sampling_strategy": "random, sequential or group_by_length: newer name of shuffle and group_by_length",
     "gradient_checkpointing": "compute each layer again in the backward pass, for less memory",
     "resume_from_checkpoint": "a checkpoint directory; true: the newest of output_dir; auto: the same, or from the start",
     "disable_tqdm": "no progress bar",

@@ -23,6 +23,9 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own does not know -1e-5
 
     def error(self, message: str) -> NoReturn:
+        for kind, want in (("int", "a whole number"), ("float", "a number")):
+            message = re.sub(rf"invalid {kind} value: (.*)", rf"\1 is not {want}", message)
+        message = message.replace("expected one argument", "wants a value").replace("expected at least one argument", "wants a value or more")
         print(f"{self.prog}: {' '.join(message.split())} (`{self.prog} --help` lists what there is)", file=sys.stderr)
         raise SystemExit(WRONG)
 

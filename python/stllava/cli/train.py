@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,11 @@ def script_flags(stage: str) -> list[Flag]:
     from stllava.train.script import DataArguments, ModelArguments, ScriptArguments
     flags = [flag for cls in (ModelArguments, DataArguments, ScriptArguments, STAGES[stage]) for flag in flags_of(cls)]
     names = {flag.name for flag in flags}
-    return flags + [Flag(name, entry.kind, entry.many, default=entry.default) for name, entry in NO_EFFECT.items() if name not in names]
+    return flags + [Flag(name, entry.kind, entry.many, default=entry.default, hidden=True) for name, entry in NO_EFFECT.items() if name not in names]
 
 
 def _add(parser: argparse.ArgumentParser, stage: str) -> None:
-    parser.epilog = SIGNALS
+    parser.epilog = f"{SIGNALS} Other flags of transformers and of LLaVA's scripts are taken too; each says what happens instead."
     add_flags(parser, script_flags(stage), required=False, aliases=ALIASES)  # a configuration file may give what is required
 
 
@@ -48,7 +49,11 @@ def _settings(args: argparse.Namespace) -> Settings:
     of_files: dict[str, Any] = {}
     for file in words.get("config", ()):
         of_files |= read_config(file, flags)
-    return resolve(args.verb, of_files | words, functools.partial(_say, args.verb))
+    lines: list[str] = []
+    settings = resolve(args.verb, of_files | words, lines.append)
+    for line in lines:  # behind it, so that a mistake stands alone
+        _say(args.verb, line)
+    return settings
 
 
 def _say(verb: str, line: str) -> None:
@@ -57,12 +62,18 @@ def _say(verb: str, line: str) -> None:
 
 def _dataset(settings: Settings, model: LlavaModel, path: str) -> SFTDataset | DPODataset:
     from stllava.data.dpo import DPODataset
+    from stllava.data.records import DataError
     from stllava.data.sft import SFTDataset, summary
     data = settings.data
     options: dict[str, Any] = {
         "tokenizer": model.tokenizer, "image_processor": model.image_processor, "image_folder": data.image_folder, "template": data.version,
         "max_length": data.model_max_length, "tokens_per_image": model.core.tokens_per_image, "on_bad_sample": data.on_bad_sample}
-    found = DPODataset(path, **options) if settings.stage == "dpo" else SFTDataset(path, **options, sq_r=data.sq_r, seed=settings.training.seed)
+    try:
+        found = DPODataset(path, **options) if settings.stage == "dpo" else SFTDataset(path, **options, sq_r=data.sq_r, seed=settings.training.seed)
+    except DataError as error:
+        if data.image_folder is None and any(problem.kind == "image" for problem in error.problems):
+            raise DataError(f"no --image_folder, so image names begin here: {error}", error.problems) from error
+        raise
     if found.problems:
         print(f"left out {len(found.problems)} records: {summary(found.problems)}", file=sys.stderr)
     return found
@@ -72,15 +83,20 @@ def _train(settings: Settings, command: list[str], recorded: dict[str, Any] | No
     """Runs to the end. Returns the record of the run. recorded: the inputs of another, which must be the same."""
     import stllava_c
     from stllava.data.sft import summary
+    from stllava.errors import FormatError
     from stllava.train.dpo import DPOTrainer
     from stllava.train.manifest import RunRecord, check_inputs, hash_inputs
     from stllava.train.setup import build_model
     from stllava.train.sft import SFTTrainer
     if settings.script.num_threads > 0:
         stllava_c.set_num_threads(settings.script.num_threads)
+    folder = settings.data.image_folder
+    if folder is not None and not os.path.exists(folder):
+        raise FormatError(f"image_folder {folder}: no such folder or archive; give the one where the records' image names begin", path=folder)
     model, trainable = build_model(settings.model, settings.training, settings.data)
     if not model.has_tokenizer or model.config.vision is None:
-        raise ValueError(f"{settings.model.model_name_or_path} has no tokenizer or no vision tower; training from files needs both")
+        raise FormatError(f"{settings.model.model_name_or_path}: has no tokenizer or no vision tower, and training from files needs both; put "
+                          "tokenizer.model or tokenizer.json there, or give vision_tower", path=settings.model.model_name_or_path)
     data = _dataset(settings, model, settings.data.data_path)
     evaluation = None if settings.data.eval_data_path is None else _dataset(settings, model, settings.data.eval_data_path)
     images = [record.get("image") for part in (data, evaluation) if part is not None for record in part.records]

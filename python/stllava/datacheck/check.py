@@ -23,7 +23,7 @@ from stllava.text.interface import AnyTokenizer
 
 from . import overlap
 from .kinds import KINDS, SEVERITIES, Finding, Found
-from .pictures import Picture, PictureRules, key_of, probe_all
+from .pictures import Picture, PictureRules, digests, key_of, probe_all
 from .rows import PAIR_SIDES, TextRules, pair_findings, printable, quoted, row_findings, short
 from .tokens import Length, TokenRules, tokenise
 
@@ -138,8 +138,7 @@ class _Check:
             self._add(kind, text, row)
         self._pictures()
         for other in self.others:
-            for row, kind, text in overlap.leaking_rows(self.records, other, self.settings.patient_fields):
-                self._add(kind, text, row)
+            self._leaks(other)
         self.report.findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), -1 if finding.row is None else finding.row))
 
     def _add(self, kind: str, text: str, row: int | None = None) -> None:
@@ -220,11 +219,17 @@ class _Check:
                 self._add_picture(picture, kind, text)
         for picture, kind, text in overlap.repeated_pictures(pictures):
             self._add_picture(picture, kind, text)
-        for other in self.others:
-            theirs = {key: image for record in other.records for image in images_of(record) if (key := key_of(image)) is not None}
-            other.pictures = self._probe(other.folder, theirs, f"images of {other.name}")
-            for picture, kind, text in overlap.leaking_pictures(pictures, other):
-                self._add_picture(picture, kind, text)
+
+    def _leaks(self, other: overlap.OtherFile) -> None:
+        theirs = {key: image for record in other.records for image in images_of(record) if (key := key_of(image)) is not None}
+        other.pictures = self._probe(other.folder, theirs, f"images of {other.name}")
+        content = digests([*self.report.pictures, *other.pictures])
+        for picture, kind, text in overlap.leaking_pictures(self.report.pictures, other, content):
+            self._add_picture(picture, kind, text)
+        for row, kind, text in overlap.leaking_patients(self.records, other, self.settings.patient_fields):
+            self._add(kind, text, row)
+        for row, kind, text in overlap.leaking_rows(self.records, self.report.pictures, other, content):
+            self._add(kind, text, row)
 
     def _probe(self, folder: Path, images: dict[Hashable, Any], label: str) -> list[Picture]:
         with self._bar(len(images), label, "image") as bar:

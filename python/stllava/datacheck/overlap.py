@@ -19,7 +19,7 @@ from .hashes import Print, near_pairs
 from .pictures import Picture, digests, key_of
 from .rows import PAIR_SIDES, quoted
 
-__all__ = ["PATIENT_FIELDS", "OtherFile", "leaking_pictures", "leaking_rows", "repeated_pictures", "repeated_rows"]
+__all__ = ["PATIENT_FIELDS", "OtherFile", "leaking_patients", "leaking_pictures", "leaking_rows", "repeated_pictures", "repeated_rows"]
 
 PATIENT_FIELDS = ("patient_id", "subject_id", "study_id", "patient", "subject", "study")
 
@@ -116,8 +116,8 @@ def repeated_pictures(pictures: Sequence[Picture]) -> Iterator[tuple[Picture, st
 # ---- against another file --------------------------------------------------------------------------------------------------------
 
 
-def leaking_rows(records: Sequence[Mapping[str, Any]], other: OtherFile, patient_fields: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """(row, kind, text): a patient or study, or an image with the same question. One patient is reported once, with its number of rows."""
+def leaking_patients(records: Sequence[Mapping[str, Any]], other: OtherFile, patient_fields: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """(row, kind, text): one patient or study is reported once, with its number of rows."""
     for name in patient_fields:
         there: dict[str, int] = {}
         for row, record in enumerate(other.records):
@@ -129,20 +129,29 @@ def leaking_rows(records: Sequence[Mapping[str, Any]], other: OtherFile, patient
                 here.setdefault(str(record[name]), []).append(row)
         for value, rows in here.items():
             yield rows[0], "leak_patient", f"{name} as row {there[value]} of {other.name}{_also(len(rows), 'row')}"
+
+
+def leaking_rows(records: Sequence[Mapping[str, Any]], pictures: Sequence[Picture], other: OtherFile,
+                 content: Mapping[str, bytes]) -> Iterator[tuple[int, str, str]]:
+    """(row, kind, text): the first question is asked about the same images there, whatever their names. content: `digests` of both."""
+    ours, theirs = ({picture.key: content.get(picture.place, picture.place) for picture in these} for these in (pictures, other.pictures))
     asked: dict[bytes, int] = {}
     for row, record in enumerate(other.records):
-        if image_keys(record) and (dialogue := dialogue_of(record)):
-            asked.setdefault(_key(image_keys(record), plain(dialogue[0][1])), row)
+        if (key := _question_key(record, theirs)) is not None:
+            asked.setdefault(key, row)
     for row, record in enumerate(records):
-        if image_keys(record) and (dialogue := dialogue_of(record)):
-            first = asked.get(_key(image_keys(record), plain(dialogue[0][1])))
-            if first is not None:
-                yield row, "leak_row", f"{quoted(plain(dialogue[0][1]))} as row {first} of {other.name}"
+        if (key := _question_key(record, ours)) in asked:
+            yield row, "leak_row", f"{quoted(plain(dialogue_of(record)[0][1]))} as row {asked[key]} of {other.name}"
 
 
-def leaking_pictures(pictures: Sequence[Picture], other: OtherFile) -> Iterator[tuple[Picture, str, str]]:
-    """(picture, kind, text): the same file, the same bytes, or a picture that looks alike."""
-    content = digests([*pictures, *other.pictures])
+def _question_key(record: Mapping[str, Any], images: Mapping[Hashable, object]) -> bytes | None:
+    """None for a row without images, with one that is not there, or without a question."""
+    shown, dialogue = [images.get(key) for key in image_keys(record)], dialogue_of(record)
+    return _key(shown, plain(dialogue[0][1])) if shown and all(shown) and dialogue else None
+
+
+def leaking_pictures(pictures: Sequence[Picture], other: OtherFile, content: Mapping[str, bytes]) -> Iterator[tuple[Picture, str, str]]:
+    """(picture, kind, text): the same file, the same bytes, or a picture that looks alike. content: `digests` of both."""
     places = {picture.place: picture.name for picture in other.pictures if picture.place}
     bytes_there = {content[picture.place]: picture.name for picture in other.pictures if picture.place in content}
     fresh = []

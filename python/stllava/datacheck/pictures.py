@@ -22,8 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from stllava.data.image_store import ImageStore
 from stllava.image_source import HEAD_BYTES, FileSource, ImageError, Stored, byte_limit, medical_kind, read_source, shown_name, split_choice
-from stllava.images import FORMATS, load_image
-from stllava.limits import MAX_PIXELS, MAX_SIDE_PX
+from stllava.images import FORMATS, check_size, load_image
 
 from .hashes import Print, fingerprint
 from .kinds import Found
@@ -119,6 +118,14 @@ def probe(store: ImageStore, key: Hashable, image: Any, rules: PictureRules) -> 
     return picture
 
 
+def _choice_of(source: FileSource) -> str:
+    """What is inside a medical file: "frame=3"."""
+    if isinstance(source, Stored):
+        return source.choice
+    place = source.get("path") if isinstance(source, Mapping) else source
+    return split_choice(os.fspath(place))[1] if isinstance(place, (str, os.PathLike)) else ""
+
+
 def content(source: FileSource) -> BinaryIO:
     """The file, or what stands for it. Raises OSError, ImageError."""
     if isinstance(source, (str, os.PathLike)):
@@ -139,7 +146,7 @@ def _look(picture: Picture, source: FileSource, rules: PictureRules) -> None:
             if picture.n_bytes > (limit := byte_limit(head)):
                 picture.found.append(("image_limit", f"{picture.n_bytes} bytes, limit {limit}"))
                 return
-            if medical_kind(head) or split_choice(os.fspath(source) if isinstance(source, (str, os.PathLike)) else "")[1]:
+            if medical_kind(head) or _choice_of(source):
                 header, decode = _medical_findings(picture, source, rules), rules.deep or rules.prints
             else:
                 with Image.open(file, formats=FORMATS) as image:
@@ -150,6 +157,8 @@ def _look(picture: Picture, source: FileSource, rules: PictureRules) -> None:
                         picture.print = fingerprint(image)
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:
+        picture.found.append(("image_limit", str(error)))
     except UnidentifiedImageError:
         picture.found.append(("image_damaged", f"not one of {', '.join(FORMATS)}, DICOM, NIfTI, or damaged in the header"))
     except Exception as error:  # noqa: BLE001 - Pillow's readers raise a dozen types for damaged files
@@ -165,7 +174,7 @@ def _medical_findings(picture: Picture, source: FileSource, rules: PictureRules)
     from stllava.medical_images import burned_in_text, medical_size
     whole = read_source(source)
     picture.name, picture.format, picture.size = whole.name, whole.kind, medical_size(whole)
-    return [*_size_findings(picture.size, rules), *(("image_text", note) for note in burned_in_text(whole))]
+    return [*_size_findings(picture.size, None, rules), *(("image_text", note) for note in burned_in_text(whole))]
 
 
 def _decode(picture: Picture, source: FileSource, rules: PictureRules) -> None:
@@ -185,7 +194,7 @@ def _header_findings(image: Image.Image, file: BinaryIO, picture: Picture, rules
     expected = _FORMAT_OF.get(PurePosixPath(picture.name).suffix.lower())
     if expected not in (None, picture.format):
         yield "image_extension", f"the content is {picture.format}"
-    yield from _size_findings(image.size, rules)
+    yield from _size_findings(image.size, picture.n_bytes, rules)
     orientation = _orientation(image)
     if orientation != 1:
         yield "image_rotated", f"EXIF orientation {orientation}"
@@ -199,15 +208,22 @@ def _header_findings(image: Image.Image, file: BinaryIO, picture: Picture, rules
         yield "image_frames", f"{getattr(image, 'n_frames', 1)} frames"
 
 
-def _size_findings(size: tuple[int, int], rules: PictureRules) -> Iterator[Found]:
+def _size_findings(size: tuple[int, int], n_bytes: int | None, rules: PictureRules) -> Iterator[Found]:
+    """n_bytes: of the file, where a few bytes cannot hold many pixels."""
     width, height = size
-    if not (width <= MAX_SIDE_PX and height <= MAX_SIDE_PX and width * height <= MAX_PIXELS):
-        yield "image_limit", f"{width}x{height} pixels, the limits are {MAX_SIDE_PX} a side and {MAX_PIXELS} in all"
-    elif min(width, height) < rules.min_side or max(width, height) > rules.max_aspect * min(width, height):
+    try:
+        check_size(width, height, n_bytes)
+    except ValueError as error:
+        yield "image_limit", str(error)
+        return
+    if min(width, height) < rules.min_side or max(width, height) > rules.max_aspect * min(width, height):
         yield "image_size", f"{width}x{height} pixels"
 
 
 def _orientation(image: Image.Image) -> int:
+    """As its header says; behind a PNG's pixels, where Pillow would decode them to look, nobody looks."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
@@ -254,7 +270,7 @@ def _silent_pillow() -> Iterator[None]:
 
 
 def digests(pictures: Iterable[Picture]) -> dict[str, bytes]:
-    """Place -> hash of the content, of those pictures whose size in bytes another one has too: all others cannot be equal to any."""
+    """Place -> hash of content and choice, of those pictures whose size in bytes another one has too: all others cannot be equal to any."""
     by_size: dict[int, dict[str, Picture]] = {}
     for picture in pictures:
         if picture.place and picture.n_bytes:
@@ -268,8 +284,8 @@ def digests(pictures: Iterable[Picture]) -> dict[str, bytes]:
 
 
 def _digest(picture: Picture) -> bytes:
-    state = hashlib.blake2b(digest_size=16)
     assert picture.source is not None
+    state = hashlib.blake2b(_choice_of(picture.source).encode(), digest_size=16)
     with content(picture.source) as file:
         while block := file.read(_BLOCK):
             state.update(block)

@@ -69,7 +69,10 @@ def rows_for(benchmark: str | None, n_open: int, n_closed: int) -> tuple[list[Pu
     if SPLITS[name] != (n_open, n_closed):
         wanted = " open and ".join(map(str, SPLITS[name]))
         return [], f"Published {name} rows are not shown: they belong to {wanted} closed items, here are {n_open} and {n_closed}."
-    text = "Numbers as printed there, for orientation: prompts, decoding and splits are the authors'; none has an interval."
+    rows = [row for row in PUBLISHED if row.benchmark == name]
+    told = ["Numbers as printed there, for orientation: prompts, decoding and splits are the authors'; none has an interval."]
     if name != benchmark:
-        text = f"Taken for {name} by its number of items. {text}"
-    return [row for row in PUBLISHED if row.benchmark == name], text
+        told.insert(0, f"Taken for {name} by its number of items.")
+    told += [f"{row.model}: {'; '.join(row.caveats)}." for row in rows if row.caveats]
+    told += [f"{row.model}: {metric} {value:.2f} is not k of {n_closed} items." for row in rows for metric, value in row.unattainable.items()]
+    return rows, " ".join(told)

@@ -169,9 +169,9 @@ def _score(metric: Metric, values: NDArray[np.float64], low: float, high: float,
     """n_drawn: how many things were resampled, items or images."""
     if not values.size:
         return Score(metric, 0, None, None, None, None)
-    # Left to right, as `evaluate_vqa` adds: the same value to the last bit.
     if metric.share and values.min() == values.max():
         low, high = (0.0, all_or_none_interval(n_drawn)) if values[0] == 0.0 else (1.0 - all_or_none_interval(n_drawn), 1.0)
+    # Left to right, as `evaluate_vqa` adds: the same value to the last bit.
     value = float(np.add.accumulate(values)[-1]) / values.size
     return Score(metric, int(values.size), value, low, high, is_attainable(round(100 * value, 2), int(values.size)) if metric.share else None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stllava.data.steps import run_step
+from stllava.errors import ConfigError
 
 __all__ = ["Judge", "RecordedJudge", "judge"]
 
@@ -29,7 +30,7 @@ class RecordedJudge:
         from .judge_parse import parse_scores
         key = (image_id, question, answer_1, answer_2)
         if key not in self.replies:
-            raise KeyError(f"no recorded reply for image {image_id!r}, question {question!r} and these two answers in this order")
+            raise ConfigError(f"no recorded reply for image {image_id!r}, question {question!r} and these two answers in this order")
         raw = self.replies[key]
         return *parse_scores(raw, strict=self.strict), raw
 

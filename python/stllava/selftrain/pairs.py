@@ -10,6 +10,7 @@ from typing import Any
 
 from stllava.constants import DEFAULT_IMAGE_TOKEN
 from stllava.data.steps import item_seed
+from stllava.errors import ConfigError
 
 __all__ = ["PairSettings", "build_pairs"]
 
@@ -18,12 +19,20 @@ _YES_NO = re.compile(r"\s*(yes|no)\b", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class PairSettings:
-    """`margin`: pairs whose scores differ by no more are dropped (0: ties only). `balance`: within a question type, as many chosen "yes" as chosen
+    """`margin`: pairs whose scores differ by no more are ties (0: those with the same score). `ties`: "drop" them, or "last": of equal scores the
+    later answer is the chosen one, as in the original. `balance`: within a question type, as many chosen "yes" as chosen
     "no" (a judge that mostly says no would otherwise teach "no"). `seed` decides which surplus pairs go."""
 
     margin: float = 0.0
+    ties: str = "drop"
     balance: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ties not in ("drop", "last"):
+            raise ConfigError(f"ties is {self.ties!r}, supported: drop, last", field="ties")
+        if not self.margin >= 0:
+            raise ConfigError(f"margin is {self.margin}, want a number >= 0", field="margin")
 
 
 def build_pairs(judged: Iterable[dict[str, Any]], image_of: Callable[[str], str], settings: PairSettings = PairSettings(), *,
@@ -52,8 +61,9 @@ def build_pairs(judged: Iterable[dict[str, Any]], image_of: Callable[[str], str]
         elif len(scored) < 2:
             dropped["unread"] += 1
         else:
-            best, worst = max(scored, key=lambda c: c["score"]), min(scored, key=lambda c: c["score"])
-            if best["score"] - worst["score"] <= settings.margin:
+            ranked = sorted(scored, key=lambda candidate: candidate["score"])  # stable: of equal ones the earlier first
+            best, worst = ranked[-1], ranked[0]
+            if best["score"] - worst["score"] <= settings.margin and settings.ties == "drop":
                 dropped["tie"] += 1
             else:
                 pairs.append(_pair(row, kind, best, worst, image_of(row["image"])))

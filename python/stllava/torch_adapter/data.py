@@ -19,7 +19,8 @@ PAD_TOKEN_ID = 0  # never read, since the mask says where padding is
 class TorchDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """A view of an `SFTDataset` or a `DPODataset` (or of what has their methods).
 
-    An item is ``{"sequences": [...], "pixels": [...]}``: the samples, or chosen and rejected, and the pictures that they name.
+    An item is ``{"sequences": [...], "pixels": [...]}``: the samples, or chosen and rejected, and the pictures that they name; transformers' Trainer
+    would take these for columns that the model has no use for: ``remove_unused_columns=False``.
 
     Args:
         ours: the data set. epoch: what it draws for, where it draws (self-questioning); set it between epochs.

@@ -48,6 +48,10 @@ class StllavaDPOTrainer(trl.DPOTrainer):
         if options.get("peft_config") is not None:
             raise ConfigError("peft_config: peft cannot see into the core; add_lora() on the model before", field="peft_config")
         args = trl.DPOConfig("trainer_output") if args is None else args
+        for name in ("sync_ref_model", "precompute_ref_log_probs"):  # both look at parameters of the reference, which has none of its own
+            if getattr(args, name):
+                raise ConfigError(f"{name}: not over the core's reference; leave it out" +
+                                  ("; stllava.DPOTrainer has it" if name.startswith("precompute") else ""), field=name)
         if "alpha_divergence" in args.f_divergence_type:
             module.log_prob_dtype = torch.float32  # TRL has no limits for float64 there
         if hasattr(train_dataset, "pair"):

@@ -27,7 +27,8 @@ class LlavaModule(torch.nn.Module):
     """A `LlavaModel` for torch's optimisers and training loops.
 
     Every training tensor is a `torch.nn.Parameter` under its canonical name, a view of the model's flat buffer: what an optimiser changes, the model
-    computes with, and the other way round. Frozen tensors are no parameters. Gradients are those of the core, bit for bit.
+    computes with, and the other way round. Frozen tensors are no parameters. Gradients are those of the core, bit for bit. A pass keeps its
+    activations until its backward; several may wait.
 
     Args:
         llava: the model, adapters attached where wanted; `llava` stays the way to save, chat and generate.
@@ -64,8 +65,7 @@ class LlavaModule(torch.nn.Module):
         self._free_runs: list[stllava_c.Run] = []
         self._recompute = (0, 0)
         special = {name: getattr(llava.tokenizer, name) if llava.has_tokenizer else None for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        self.config = ScriptConfig(llava.config, **{"_name_or_path": "", "_attn_implementation": "eager", **llava.config.extra, **special})
-        self.config.get_text_config = lambda: self.config
+        self.config = ScriptConfig(llava.config, _attn_implementation="eager", **special)
         self.generation_config = SimpleNamespace(**special)
         self.warnings_issued: dict[str, bool] = {}
 
@@ -180,7 +180,7 @@ class LlavaModule(torch.nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> LlavaModule:
         """`to`, `half`, `cuda` and their like: allowed where they change nothing, since a moved parameter would no longer be the core's."""
-        if any(fn(p).data_ptr() != p.data_ptr() for p in self._in_order):
+        if any(p.data_ptr() != fn(p).data_ptr() for p in self._in_order):  # in this order: fn may work in place
             raise ConfigError(f"the parameters lie in the core's memory: they stay {self.dtype} on the CPU", field="dtype")
         return self
 

@@ -243,6 +243,8 @@ class DPOConfig(TrainingArguments):
                 raise ConfigError(f"loss_type is {name!r}, supported: {', '.join(stllava_c.LOSS_TYPES)}", field="loss_type")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_types):
             raise ConfigError(f"loss_weights has {len(self.loss_weights)} numbers for {len(self.loss_types)} loss types", field="loss_weights")
+        if not self.beta > 0:
+            raise ConfigError(f"beta is {self.beta}, want a number > 0", field="beta")
         self._one_of("ref_image_features", ("initial", "policy"))
         self._one_of("f_divergence_type", F_DIVERGENCES)
         if self.loss_reduction != "micro_mean":

@@ -11,11 +11,15 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stllava.checkpoint import atomic, strict_json
+from stllava.checkpoint.lock import run_lock
+from stllava.data.image_store import ImageStore
 from stllava.errors import FormatError
+from stllava.image_source import ImageError
 
 from .resolve import Settings
 
@@ -35,7 +39,10 @@ class RunRecord:
 
     def write(self, directory: str | os.PathLike[str], *, counts: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
         """Into the manifest of `directory`, whose files are those of the result. Returns what was written under "run"."""
-        path = Path(directory) / atomic.MANIFEST
+        with run_lock(directory):
+            return self._write(Path(directory) / atomic.MANIFEST, counts, metrics)
+
+    def _write(self, path: Path, counts: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
         content = strict_json.read_object(path)
         identity = hashlib.sha256(strict_json.dump_object({"settings": self._settings.given, "inputs": self._inputs, "started": self._started}))
         content["run"] = {
@@ -69,7 +76,8 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 def hash_inputs(settings: Mapping[str, Any], images: Iterable[object] = ()) -> dict[str, Any]:
     """Setting -> its file, or the files of its directory -> sha256, for what the run reads; "images": how many, and one sha256 over those of each.
 
-    A name that is no path here (a tower that the checkpoint holds) is left out. A picture in a record is in that file's hash.
+    A name that is no path here (a tower that the checkpoint holds) is left out. images: what records call their pictures; one that is in the record
+    is in that file's hash, one that cannot be read is counted only.
     """
     found: dict[str, Any] = {}
     for name in INPUTS:
@@ -79,10 +87,17 @@ def hash_inputs(settings: Mapping[str, Any], images: Iterable[object] = ()) -> d
             files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file() and _is_input(file.relative_to(root)))
             top = root if root.is_dir() else root.parent
             found[name] = {"path": str(path), "files": {file.relative_to(top).as_posix(): _sha256(file) for file in files}}
-    folder, names = Path(settings.get("image_folder") or "."), sorted({name for name in images if isinstance(name, str)})
-    hashes = [_sha256(folder / name) for name in names if (folder / name).is_file()]
-    found["images"] = {"names": len(names), "files": len(hashes), "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest()}
+    found["images"] = _hash_images(ImageStore(settings.get("image_folder")), images)
     return found
+
+
+def _hash_images(store: ImageStore, images: Iterable[object]) -> dict[str, Any]:
+    names = sorted({name for entry in images for name in (entry if isinstance(entry, list) else [entry]) if isinstance(name, str)})
+    hashes = []
+    for name in names:
+        with suppress(ImageError):
+            hashes.append(hashlib.sha256(store.read(name)).hexdigest())
+    return {"names": len(names), "files": len(hashes), "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest()}
 
 
 def check_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:

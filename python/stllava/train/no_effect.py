@@ -44,7 +44,8 @@ NO_EFFECT: dict[str, NoEffect] = {
     # the original's and LLaVA's own
     "lazy_preprocess": NoEffect(bool, "samples are always built when they are needed"),
     "is_multimodal": NoEffect(bool, "a record with a picture has a picture"),
-    "data_aug": NoEffect(bool, "pictures are not changed", (False,)),
+    "data_aug": NoEffect(bool, "pictures are not changed", (False,),
+                         "there is no augmentation (the original takes it for a device number); leave it out"),
     "cache_dir": NoEffect(str, "nothing is downloaded, so nothing is cached"),
     "mpt_attn_impl": NoEffect(str, "MPT is not supported; attention is the core's"),
     "double_quant": NoEffect(bool, _QUANTISED), "quant_type": NoEffect(str, _QUANTISED),
@@ -105,8 +106,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "per_gpu_train_batch_size": NoEffect(int, "", ("none",), "its name is per_device_train_batch_size now"),
     "per_gpu_eval_batch_size": NoEffect(int, "", ("none",), "its name is per_device_eval_batch_size now"),
     "enable_jit_checkpoint": NoEffect(bool, "SIGTERM always writes a checkpoint"), "use_cache": NoEffect(bool, "training caches no keys"),
-    "train_sampling_strategy": NoEffect(str, "a new order of the data in every epoch", ("random",),
-                                        "group_by_length, or shuffle False, are the other orders"),
     "activation_checkpointing": NoEffect(bool, "", (False,), "its name is gradient_checkpointing here"),
     "activation_checkpointing_kwargs": NoEffect(str, "gradient_checkpointing computes each layer again"),
     "hub_token": NoEffect(str, _HUB, ("",), _SECRET, secret=True), "push_to_hub_token": NoEffect(str, _HUB, ("",), _SECRET, secret=True),
@@ -122,5 +121,5 @@ def check_no_effect(name: str, value: Any) -> str | None:
     if entry is None:
         return None
     if entry.only and value not in entry.only:
-        raise ConfigError(f"{name} is {'given' if entry.secret else repr(value)}: {entry.advice or 'not implemented; leave it out'}", field=name)
+        raise ConfigError(f"{name} is {'given' if entry.secret else repr(value)}: {entry.advice}", field=name)
     return f"{name} {value} has no effect: {entry.instead}"

@@ -63,7 +63,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         _one_of(self, "mm_vision_select_feature", (None, "patch", "cls_patch"))
         _one_of(self, "lora_bias", ("none", "all", "lora_only"))
-        _one_of(self, "bits", (16,), "; weights stay as they are stored: for less memory use a bf16 or f16 checkpoint, or a .gguf file")
+        _one_of(self, "bits", (16,), "; weights stay as they are stored: for less memory use a bf16 or f16 checkpoint")
         _one_of(self, "quant_type", ("nf4", "fp4"))
         _one_of(self, "dtype", ("f32", "f64"))
         for name in ("lora_r", "lora_alpha", "lora_r_vit", "lora_alpha_vit"):
@@ -102,9 +102,6 @@ class DataArguments:
     def __post_init__(self) -> None:
         _one_of(self, "image_aspect_ratio", (None, "pad", "square"))
         _one_of(self, "on_bad_sample", ("error", "skip"))
-        if self.data_aug:
-            raise ConfigError("data_aug is True, but there is no augmentation (nor in the original, which takes it for a device number); leave "
-                              "it out or set it to False", field="data_aug")
         if not 0 <= self.sq_r <= 1:
             raise ConfigError(f"sq_r is {self.sq_r}, want a probability between 0 and 1", field="sq_r")
         if self.model_max_length < 1:

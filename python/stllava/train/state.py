@@ -88,6 +88,9 @@ def find_checkpoint(output_dir: Path, wanted: str | bool | None) -> Path | None:
     if not wanted:
         return None
     if wanted is not True and wanted not in ("true", "auto"):
+        if not Path(wanted).is_dir():
+            raise FormatError(f"resume_from_checkpoint {wanted}: no such directory; want a checkpoint-* directory, true for the newest of "
+                              "output_dir, or auto", path=wanted)
         return Path(wanted)
     newest = atomic.latest_complete(output_dir)
     if newest is None and wanted != "auto":

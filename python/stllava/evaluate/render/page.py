@@ -14,7 +14,7 @@ from PIL import Image
 from stllava.data.steps import item_seed
 from stllava.errors import FormatError
 from stllava.evaluate.evaluation import Evaluation
-from stllava.image_source import shown_name
+from stllava.image_source import HEAD_BYTES, read_source, shown_name
 from stllava.images import load_image
 
 from .intervals import intervals_svg
@@ -71,15 +71,21 @@ def worst_errors(evaluation: Evaluation, is_open: bool, image_of: Callable[[str]
 
 def picture_address(name: str, image_of: Callable[[str], Any]) -> tuple[str | None, str]:
     """(data address, name), the picture made small; (None, why not). Medical files have no name here, which may be a patient's."""
-    called = name if shown_name(name) == name else "a medical file"
+    called = _called(name)
     try:
-        image = Image.fromarray(load_image(image_of(name)).rgb)
+        source = image_of(name)
+        called = _called(name, read_source(source, HEAD_BYTES).kind)
+        image = Image.fromarray(load_image(source).rgb)
     except (FormatError, OSError) as error:
         return None, f"{name}: {error}" if called == name else f"{called} that cannot be read"
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), called
+
+
+def _called(name: str, kind: str = "") -> str:
+    return name if shown_name(name, kind) == name else "a medical file"  # not the shown name, which is another in every process
 
 
 def html_page(evaluation: Evaluation, image_of: Callable[[str], Any] | None = None) -> str:

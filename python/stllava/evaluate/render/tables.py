@@ -73,6 +73,3 @@ def _notes(evaluation: Evaluation) -> Iterator[str]:
     yield "Metrics: " + ", ".join(metric.id for metric in evaluation.primary) + "."
     yield evaluation.how.method
     yield evaluation.published_note
-    for row in evaluation.published:
-        for name, value in row.unattainable.items():
-            yield f"{row.model} (published): {name} {value:.2f} is not k of {evaluation.counts['closed']}."
