@@ -16,6 +16,7 @@ import random
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +28,22 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "python")]
 import mutate
 import published
+import scans
 import tiny
+from pydicom.data import get_testdata_file
 
 from stllava.checkpoint import atomic, gguf_container
 from stllava.checkpoint.directory import Checkpoint
 from stllava.checkpoint.gguf_file import write_gguf
 from stllava.checkpoint.peft import LoraConfig
+from stllava.data.archives import Archive
 from stllava.data.benchmarks import load_benchmark
 from stllava.data.dpo import DPODataset
 from stllava.data.formats import describe, load
+from stllava.data.image_store import ImageStore
 from stllava.data.sft import SFTDataset
 from stllava.demo.base import fresh_weights
-from stllava.images import ImageProcessor, load_image
+from stllava.images import ImageError, ImageProcessor, image_size, load_image
 from stllava.model import LlavaModel
 from stllava.text import AnyTokenizer, load_tokenizer
 from stllava.text.tokenizer import Tokenizer
@@ -141,6 +146,46 @@ def _picture(path: Path) -> str:
     return digest(rgb, pixels)
 
 
+def _scan(path: Path) -> Any:
+    """The default picture, the first one, and the size from the header, of which an oracle says what it must be."""
+    size, loaded = image_size(path), load_image(path)
+    assert loaded.rgb.dtype == np.uint8 and loaded.rgb.shape == (size[1], size[0], 3)
+    first = load_image(f"{path}#{'frame' if path.suffix == '.dcm' else 'slice'}=0")
+    assert first.rgb.shape[2] == 3 and first.rgb.size
+    return digest(loaded.rgb, first.rgb), loaded.notes
+
+
+def _archive(path: Path) -> Any:
+    """Every member that is there. Through a store, so that what an archive says is an error of pictures."""
+    store = ImageStore(path.parent)
+    found = {}
+    for member in (*Archive(path).names(), "no.png"):
+        try:
+            found[member] = hashlib.sha256(store.read(f"{path.name}/{member}")).hexdigest()
+        except ImageError as error:
+            found[member] = str(error)
+    return found
+
+
+def _scans(kind: str) -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    grey, colour = rng.integers(-500, 500, (3, 20, 24)).astype(np.int16), rng.integers(0, 256, (1, 20, 24, 3), dtype=np.uint8)
+    if kind == "dicom":
+        real = {name: Path(str(get_testdata_file(name, download=False))).read_bytes() for name in ("MR_small_jp2klossless.dcm", "MR_small_RLE.dcm", "SC_rgb_jls_lossy_line.dcm",
+                                                                                                "SC_rgb_small_odd_jpeg.dcm")}
+        grey_file = scans.dicom(grey, WindowCenter=[0, 10], WindowWidth=[800, 20], RescaleSlope="1.5", RescaleIntercept=-3, PixelPaddingValue=-500, PatientName="A")
+        return real | {"grey.dcm": grey_file, "colour.dcm": scans.dicom(colour), "deflated.dcm": scans.deflated(grey_file)}
+    volume = grey.transpose(2, 1, 0)
+    return {"v.nii": scans.nifti(volume, np.diag([1, 2, 3, 1]), slope=2.0), "two.nii": scans.nifti(volume, two=True), "v.nii.gz": scans.nifti(np.stack([volume, volume], -1), gzipped=True)}
+
+
+def _archives(kind: str, folder: Path) -> dict[str, bytes]:
+    members = {f"{i}/{name}": data for i, (name, data) in enumerate(_pictures()["png"].items())}
+    if kind == "zip":
+        return {"a.zip": scans.write_zip(folder / "a.zip", members, zipfile.ZIP_STORED).read_bytes(), "b.zip": scans.write_zip(folder / "b.zip", members).read_bytes()}
+    return {f"a.{mode or 'tar'}": scans.write_tar(folder / "a", members, f"w:{mode}").read_bytes() for mode in ("", "gz", "xz", "bz2")}
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +214,10 @@ def build(name: str, folder: Path) -> Format:
     """The format's seed files, written to `folder` with everything around them."""
     if name in ("jpeg", "png", "bmp"):
         return Format(name, {folder / file: data for file, data in _pictures()[name].items()}, _picture)
+    if name in ("dicom", "nifti"):
+        return Format(name, {folder / file: data for file, data in _scans(name).items()}, _scan)
+    if name in ("zip", "tar"):
+        return Format(name, {folder / file: data for file, data in _archives(name, folder).items()}, _archive)
     if name in ("tokenizer.model", "tokenizer_config", "added_tokens"):
         (folder / "tokenizer.model").write_bytes(small_tokenizer())
         Tokenizer(folder / "tokenizer.model", added_tokens={"<pad>": 701, "<im_start>": 702}).save_pretrained(folder)
@@ -288,7 +337,8 @@ def _gguf_files(folder: Path, name: str) -> Format:
 
 
 FORMATS = ("safetensors", "index", "torch", "adapter_config", "adapter_expressions", "config", "hf_config", "hf_processor", "manifest", "tokenizer.model",
-           "tokenizer_config", "added_tokens", "preprocessor", "sft", "dpo", "layouts", "pickle", "parquet", "jpeg", "png", "bmp", "gguf", "mmproj", "tokenizer.json")
+           "tokenizer_config", "added_tokens", "preprocessor", "sft", "dpo", "layouts", "pickle", "parquet", "jpeg", "png", "bmp", "dicom", "nifti", "zip", "tar",
+           "gguf", "mmproj", "tokenizer.json")
 
 
 def variant(name: str, format_: Format, case: int) -> tuple[Path, bytes]:
