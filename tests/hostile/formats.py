@@ -11,10 +11,12 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +27,23 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "python")]
 import mutate
+import published
+import scans
 import tiny
+from pydicom.data import get_testdata_file
 
 from stllava.checkpoint import atomic, gguf_container
 from stllava.checkpoint.directory import Checkpoint
 from stllava.checkpoint.gguf_file import write_gguf
 from stllava.checkpoint.peft import LoraConfig
+from stllava.data.archives import Archive
+from stllava.data.benchmarks import load_benchmark
 from stllava.data.dpo import DPODataset
+from stllava.data.formats import describe, load
+from stllava.data.image_store import ImageStore
 from stllava.data.sft import SFTDataset
 from stllava.demo.base import fresh_weights
-from stllava.images import ImageProcessor, load_image
+from stllava.images import ImageError, ImageProcessor, image_size, load_image
 from stllava.model import LlavaModel
 from stllava.text import AnyTokenizer, load_tokenizer
 from stllava.text.tokenizer import Tokenizer
@@ -137,6 +146,46 @@ def _picture(path: Path) -> str:
     return digest(rgb, pixels)
 
 
+def _scan(path: Path) -> Any:
+    """The default picture, the first one, and the size from the header, of which an oracle says what it must be."""
+    size, loaded = image_size(path), load_image(path)
+    assert loaded.rgb.dtype == np.uint8 and loaded.rgb.shape == (size[1], size[0], 3)
+    first = load_image(f"{path}#{'frame' if path.suffix == '.dcm' else 'slice'}=0")
+    assert first.rgb.shape[2] == 3 and first.rgb.size
+    return digest(loaded.rgb, first.rgb), loaded.notes
+
+
+def _archive(path: Path) -> Any:
+    """Every member that is there. Through a store, so that what an archive says is an error of pictures."""
+    store = ImageStore(path.parent)
+    found = {}
+    for member in (*Archive(path).names(), "no.png"):
+        try:
+            found[member] = hashlib.sha256(store.read(f"{path.name}/{member}")).hexdigest()
+        except ImageError as error:
+            found[member] = str(error)
+    return found
+
+
+def _scans(kind: str) -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    grey, colour = rng.integers(-500, 500, (3, 20, 24)).astype(np.int16), rng.integers(0, 256, (1, 20, 24, 3), dtype=np.uint8)
+    if kind == "dicom":
+        real = {name: Path(str(get_testdata_file(name, download=False))).read_bytes() for name in ("MR_small_jp2klossless.dcm", "MR_small_RLE.dcm", "SC_rgb_jls_lossy_line.dcm",
+                                                                                                "SC_rgb_small_odd_jpeg.dcm")}
+        grey_file = scans.dicom(grey, WindowCenter=[0, 10], WindowWidth=[800, 20], RescaleSlope="1.5", RescaleIntercept=-3, PixelPaddingValue=-500, PatientName="A")
+        return real | {"grey.dcm": grey_file, "colour.dcm": scans.dicom(colour), "deflated.dcm": scans.deflated(grey_file)}
+    volume = grey.transpose(2, 1, 0)
+    return {"v.nii": scans.nifti(volume, np.diag([1, 2, 3, 1]), slope=2.0), "two.nii": scans.nifti(volume, two=True), "v.nii.gz": scans.nifti(np.stack([volume, volume], -1), gzipped=True)}
+
+
+def _archives(kind: str, folder: Path) -> dict[str, bytes]:
+    members = {f"{i}/{name}": data for i, (name, data) in enumerate(_pictures()["png"].items())}
+    if kind == "zip":
+        return {"a.zip": scans.write_zip(folder / "a.zip", members, zipfile.ZIP_STORED).read_bytes(), "b.zip": scans.write_zip(folder / "b.zip", members).read_bytes()}
+    return {f"a.{mode or 'tar'}": scans.write_tar(folder / "a", members, f"w:{mode}").read_bytes() for mode in ("", "gz", "xz", "bz2")}
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +214,10 @@ def build(name: str, folder: Path) -> Format:
     """The format's seed files, written to `folder` with everything around them."""
     if name in ("jpeg", "png", "bmp"):
         return Format(name, {folder / file: data for file, data in _pictures()[name].items()}, _picture)
+    if name in ("dicom", "nifti"):
+        return Format(name, {folder / file: data for file, data in _scans(name).items()}, _scan)
+    if name in ("zip", "tar"):
+        return Format(name, {folder / file: data for file, data in _archives(name, folder).items()}, _archive)
     if name in ("tokenizer.model", "tokenizer_config", "added_tokens"):
         (folder / "tokenizer.model").write_bytes(small_tokenizer())
         Tokenizer(folder / "tokenizer.model", added_tokens={"<pad>": 701, "<im_start>": 702}).save_pretrained(folder)
@@ -179,6 +232,8 @@ def build(name: str, folder: Path) -> Format:
             (folder / kind / "tokenizer_config.json").write_text(json.dumps(case["config"]))
             files[folder / kind / name] = json.dumps({key: case["tokenizer"][key] for key in sorted(case["tokenizer"], reverse=True)}).encode()
         return Format("json", files, _tokenizer)
+    if name in ("layouts", "pickle", "parquet"):
+        return _tables(name, folder)
     if name in ("gguf", "mmproj"):
         return _gguf_files(folder, name)
     if name in ("hf_config", "hf_processor"):
@@ -230,6 +285,30 @@ def _data(name: str, folder: Path) -> Format:
     return Format("json", {folder / "data.json": json.dumps(records, indent=1).encode(), folder / "data.jsonl": lines}, read)
 
 
+def _tables(name: str, folder: Path) -> Format:
+    """Every published layout of questions and of preferences: as JSON, as PathVQA's pickles, as Parquet with images inside."""
+    trl = [{"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}], "chosen": [{"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "assistant", "content": "b"}], "images": ["0.png"]}]
+    sets = {"rad": published.vqa_rad_rows(), "slake": published.slake_rows(), "med": published.llava_med_rows(), "questions": published.question_rows(), "trl": trl}
+    if name == "layouts":
+        files = {folder / f"{key}.json": json.dumps(rows, indent=1).encode() for key, rows in sets.items()}
+    elif name == "pickle":
+        files = {folder / f"{layout}{protocol}.pkl": pickle.dumps(published.pathvqa_rows("test", layout), protocol) for layout in ("vqa", "qa") for protocol in (0, 2, 4)}
+    else:
+        tables = {"hub": published.hub_rows(folder / "pictures"), "trl": trl, "slake": sets["slake"]}
+        files = {folder / f"{key}.parquet": published.write_parquet(folder / f"{key}.parquet", rows).read_bytes() for key, rows in tables.items()}
+
+    def read(path: Path) -> Any:
+        found = load(path)
+        assert all(isinstance(record, dict) for record in found.records) and str(describe(path))
+        if found.layout is not None and found.layout.kind != "pair":
+            items = load_benchmark(path, split="all", language="all").items
+            assert all(item["answer_type"] in ("OPEN", "CLOSED") and isinstance(turn["value"], str) for item in items for turn in item["conversations"])
+        return repr(found.records), [(problem.row, problem.text) for problem in found.problems]
+
+    return Format("json" if name == "layouts" else name, files, read)
+
+
 def _gguf_files(folder: Path, name: str) -> Format:
     """Decoder and tower; the decoder also with a byte-level vocabulary and blocks of 8 bits."""
     import gguf
@@ -258,7 +337,8 @@ def _gguf_files(folder: Path, name: str) -> Format:
 
 
 FORMATS = ("safetensors", "index", "torch", "adapter_config", "adapter_expressions", "config", "hf_config", "hf_processor", "manifest", "tokenizer.model",
-           "tokenizer_config", "added_tokens", "preprocessor", "sft", "dpo", "jpeg", "png", "bmp", "gguf", "mmproj", "tokenizer.json")
+           "tokenizer_config", "added_tokens", "preprocessor", "sft", "dpo", "layouts", "pickle", "parquet", "jpeg", "png", "bmp", "dicom", "nifti", "zip", "tar",
+           "gguf", "mmproj", "tokenizer.json")
 
 
 def variant(name: str, format_: Format, case: int) -> tuple[Path, bytes]:

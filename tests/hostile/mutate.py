@@ -6,8 +6,11 @@ inside the structure and keep the rest valid (lengths, checksums), because rando
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import random
 import struct
 import warnings
@@ -20,14 +23,14 @@ EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 
 
 
 def mutate(kind: str, data: bytes, rng: random.Random) -> bytes:
-    """One to three changes to `data`; kind: json, safetensors, zip, proto, png, jpeg, bmp or gguf."""
+    """One to three changes to `data`; kind: json, safetensors, zip, proto, png, jpeg, bmp, dicom, nifti, tar or gguf."""
     for _ in range(rng.choice((1, 1, 2, 3))):
         inside = _STRUCTURED.get(kind)
         if inside is not None and rng.random() < 0.5:
             try:
                 data = inside(data, rng)
                 continue
-            except (ValueError, LookupError, RuntimeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error):
+            except (ValueError, LookupError, RuntimeError, EOFError, OSError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError):
                 pass  # an earlier change broke the structure
         data = rng.choice(_BLIND)(data, rng)
     return data
@@ -376,5 +379,75 @@ def _change_gguf(data: bytes, rng: random.Random) -> bytes:
     return data[:at] + value.to_bytes(size, "little") + data[at + size:]
 
 
+def _dicom_elements(data: bytes) -> list[tuple[int, int, int]]:
+    """(place, place of the value, length) of the elements of an explicit little-endian file, those inside sequences not."""
+    at, found = 132, []
+    while at + 8 <= len(data):
+        long = data[at + 4:at + 6] in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR", b"OF")
+        begin = at + (12 if long else 8)
+        n = int.from_bytes(data[begin - (4 if long else 2):begin], "little")
+        if begin + n > len(data):  # also an undefined length
+            found.append((at, begin, len(data) - begin))
+            break
+        found.append((at, begin, n))
+        at = begin + n
+    return found
+
+
+def _change_dicom(data: bytes, rng: random.Random) -> bytes:
+    """One element: its value, kind, length or tag; dropped, doubled, or its value replaced by one of the same length."""
+    elements = _dicom_elements(data)
+    at, begin, n = rng.choice(elements[-30:])  # behind the meta information stands what is read
+    end = begin + n
+    match rng.randrange(7):
+        case 0:
+            return data[:at] + data[end:]
+        case 1:
+            return data[:end] + data[at:end] + data[end:]
+        case 2:
+            return data[:at + 4] + rng.choice((b"LO", b"US", b"DS", b"SQ", b"OB", b"UN", b"UT", b"ZZ", b"\0\0")) + data[at + 6:]
+        case 3:
+            return data[:begin - 2] + rng.choice(EXTREMES).to_bytes(8, "little")[:2] + data[begin:]
+        case 4 if n <= 16:
+            value = rng.choice((b"0", b"-1", b"1e400", b"nan", b"99999999", b"4096", b"1\\2", b"x", b"MONOCHROME1", b"PALETTE COLOR", b"RGB", b"YBR_FULL_422"))
+            return data[:begin] + value.ljust(n, b" ")[:n] + data[end:]
+        case 5 if n <= 8:
+            return data[:begin] + rng.choice((*EXTREMES, 2, 3, 8, 12, 32, 64)).to_bytes(8, "little")[:n] + data[end:]
+        case _:
+            return data[:begin] + rng.choice(_BLIND)(data[begin:end] or b"\0", rng)[:n].ljust(n, b"\0") + data[end:]
+
+
+def _change_nifti(data: bytes, rng: random.Random) -> bytes:
+    """One field of the header; inside the gzip stream of a packed file."""
+    if data[:2] == b"\x1f\x8b":
+        return gzip.compress(_change_nifti(gzip.decompress(data), rng), mtime=0)
+    at, size = rng.choice(((0, 4), *((40 + 2 * i, 2) for i in range(8)), (70, 2), (72, 2), *((76 + 4 * i, 4) for i in range(8)), (108, 4), (112, 4), (116, 4), (252, 2), (254, 2),
+                           *((256 + 4 * i, 4) for i in range(6)), *((280 + 4 * i, 4) for i in range(12)), (344, 4), (348, 4)))
+    value = rng.choice((*(n.to_bytes(8, "little") for n in (*EXTREMES, 2, 3, 4, 8, 16, 64, 128, 256, 512, 1024, 2304, 100, rng.randrange(2**16))),
+                        *(struct.pack("<f", x) for x in (float("nan"), float("inf"), -1e38, 1e-38, 0.5, -1.0, 352.0, 1e9))))
+    return data[:at] + value[:size].ljust(size, b"\0") + data[at + size:]
+
+
+def _change_tar(data: bytes, rng: random.Random) -> bytes:
+    """One field of one header, its checksum right; inside the stream of a packed file."""
+    for head, unpack, pack in ((b"\x1f\x8b", gzip.decompress, gzip.compress), (b"\xfd7zXZ", lzma.decompress, lzma.compress), (b"BZh", bz2.decompress, bz2.compress)):
+        if data.startswith(head):
+            return pack(_change_tar(unpack(data), rng))
+    at, headers = 0, []
+    while at + 512 <= len(data) and data[at:at + 1] != b"\0":
+        headers.append(at)
+        at += 512 + -(-int(data[at + 124:at + 135].strip(b"\0 ") or b"0", 8) // 512) * 512
+    at = rng.choice(headers)
+    header = bytearray(data[at:at + 512])
+    begin, n = rng.choice(((0, 100), (124, 12), (156, 1), (157, 100), (257, 6), (263, 2), (345, 155)))
+    value = rng.choice((b"77777777777", b"\xff" * 12, b"\x80" + bytes(7) + b"\1\0\0\0", b"0", b"00000000001", b"", b"../up", b"/abs", b"1", b"2", b"3", b"5", b"6", b"K", b"L", b"S",
+                        b"g", b"x", rng.randbytes(6)))
+    header[begin:begin + n] = value[:n].ljust(n, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return data[:at] + bytes(header) + data[at + 512:]
+
+
 _STRUCTURED: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "json": change_json, "safetensors": _change_safetensors, "zip": _change_zip, "proto": change_proto, "png": _change_png, "jpeg": _change_jpeg, "bmp": _change_bmp, "gguf": _change_gguf}
+    "json": change_json, "safetensors": _change_safetensors, "zip": _change_zip, "proto": change_proto, "png": _change_png, "jpeg": _change_jpeg, "bmp": _change_bmp, "dicom": _change_dicom,
+    "nifti": _change_nifti, "tar": _change_tar, "gguf": _change_gguf}

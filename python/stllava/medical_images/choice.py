@@ -21,9 +21,9 @@ def stage(what: str) -> Iterator[None]:
     """Whatever a library says in here becomes `what`."""
     try:
         yield
-    except (MemoryError, Unreadable):
+    except (MemoryError, Unreadable, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # the RLE decoder is written in Rust, whose panics are no Exceptions
         raise Unreadable(what) from error
 
 
