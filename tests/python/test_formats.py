@@ -226,7 +226,8 @@ def test_only_the_train_split_is_trained_on(tmp_path: Path, model) -> None:
     for data, images in ((folder, folder), (folder / published.VQA_RAD, folder / "VQA_RAD Image Folder")):
         found = SFTDataset(data, **options(model, images))
         assert len(found) == 3 and {record["split"] for record in found.records} == {"train"}
-    assert len(SFTDataset(published.pathvqa(tmp_path / "path"), **options(model, tmp_path / "path"))) == 3
+    path = published.pathvqa(tmp_path / "path")
+    assert len(SFTDataset(path, **options(model, path))) == len(SFTDataset(path, **options(model, path) | {"image_folder": None})) == 3
 
 
 def test_samples_of_several_images(tmp_path: Path, model) -> None:
