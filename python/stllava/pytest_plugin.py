@@ -91,7 +91,7 @@ def _clear_errors(item: pytest.Item) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:  # StllavaErrors of files and settings are ValueErrors
-        pytest.fail(f"{item.nodeid}: {error}", pytrace=False)
+        raise pytest.fail.Exception(f"{item.nodeid}: {error}", pytrace=False) from None
 
 
 def _evaluations(config: pytest.Config) -> Evaluations:

@@ -22,6 +22,8 @@ from stllava.checkpoint.tensor_file import FLOAT_DTYPES, TensorFile, count_nonfi
 from stllava.config import LlavaConfig
 from stllava.constants import IGNORE_INDEX
 from stllava.conversation import conv_templates
+from stllava.data.benchmarks import load_benchmark
+from stllava.data.formats import describe
 from stllava.data.records import read_jsonl, read_records
 from stllava.errors import StllavaError
 from stllava.images import ImageProcessor, load_image
@@ -179,6 +181,14 @@ def records(data: bytes) -> None:
     assert all(isinstance(record, dict) for record in read_records(path))
 
 
+def layouts(data: bytes) -> None:
+    """A file of any container and layout, as records and as a benchmark."""
+    path = _write("layouts.dat", data)
+    assert str(describe(path))
+    items = load_benchmark(path, split="all", language="all").items
+    assert len({str(item["id"]) for item in items}) == len(items)
+
+
 def conversation(data: bytes) -> None:
     """A record through a template (first byte) to ids and labels."""
     parsed = strict_json.parse_object(data[1:], "record.json")
@@ -219,7 +229,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "strict_json": strict, "safetensors": safetensors, "torch_zip": torch_file, "torch_pickle": torch_program, "index": shard_index,
     "adapter_config": adapter_config, "config": config, "preprocessor": preprocessor, "tokenizer": tokenizer, "tokenizer_config": tokenizer_config,
     "tokenizer_json": tokenizer_json, "gguf": gguf,
-    "records": records, "conversation": conversation, "picture": picture, "judge": judge}
+    "records": records, "layouts": layouts, "conversation": conversation, "picture": picture, "judge": judge}
 
 
 def run(name: str, data: bytes) -> str:

@@ -476,6 +476,26 @@ def data_that_is_a_fifo(folder: Path) -> Callable[[], Any]:
 
 
 @bomb
+def parquet_of_a_long_text_again_and_again(folder: Path) -> Callable[[], Any]:
+    """A dictionary holds 1 MB once, 100,000 rows name it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 2**20]))
+    pq.write_table(pa.table({"question": column}), folder / "x.parquet")
+    return lambda: read_records(folder / "x.parquet")
+
+
+@bomb
+def parquet_of_zeros(folder: Path) -> Callable[[], Any]:
+    """An image of 300 MB, packed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    images = pa.array([{"bytes": bytes(300 << 20), "path": None}], pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": images}), folder / "x.parquet", compression="zstd", use_dictionary=False)
+    return lambda: read_records(folder / "x.parquet")
+
+
+@bomb
 def picture_that_is_dev_zero(folder: Path) -> Callable[[], Any]:
     return lambda: load_image("/dev/zero")
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -26,6 +27,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "python")]
 import mutate
+import published
 import scans
 import tiny
 from pydicom.data import get_testdata_file
@@ -35,7 +37,9 @@ from stllava.checkpoint.directory import Checkpoint
 from stllava.checkpoint.gguf_file import write_gguf
 from stllava.checkpoint.peft import LoraConfig
 from stllava.data.archives import Archive
+from stllava.data.benchmarks import load_benchmark
 from stllava.data.dpo import DPODataset
+from stllava.data.formats import describe, load
 from stllava.data.image_store import ImageStore
 from stllava.data.sft import SFTDataset
 from stllava.demo.base import fresh_weights
@@ -228,6 +232,8 @@ def build(name: str, folder: Path) -> Format:
             (folder / kind / "tokenizer_config.json").write_text(json.dumps(case["config"]))
             files[folder / kind / name] = json.dumps({key: case["tokenizer"][key] for key in sorted(case["tokenizer"], reverse=True)}).encode()
         return Format("json", files, _tokenizer)
+    if name in ("layouts", "pickle", "parquet"):
+        return _tables(name, folder)
     if name in ("gguf", "mmproj"):
         return _gguf_files(folder, name)
     if name in ("hf_config", "hf_processor"):
@@ -279,6 +285,30 @@ def _data(name: str, folder: Path) -> Format:
     return Format("json", {folder / "data.json": json.dumps(records, indent=1).encode(), folder / "data.jsonl": lines}, read)
 
 
+def _tables(name: str, folder: Path) -> Format:
+    """Every published layout of questions and of preferences: as JSON, as PathVQA's pickles, as Parquet with images inside."""
+    trl = [{"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}], "chosen": [{"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "assistant", "content": "b"}], "images": ["0.png"]}]
+    sets = {"rad": published.vqa_rad_rows(), "slake": published.slake_rows(), "med": published.llava_med_rows(), "questions": published.question_rows(), "trl": trl}
+    if name == "layouts":
+        files = {folder / f"{key}.json": json.dumps(rows, indent=1).encode() for key, rows in sets.items()}
+    elif name == "pickle":
+        files = {folder / f"{layout}{protocol}.pkl": pickle.dumps(published.pathvqa_rows("test", layout), protocol) for layout in ("vqa", "qa") for protocol in (0, 2, 4)}
+    else:
+        tables = {"hub": published.hub_rows(folder / "pictures"), "trl": trl, "slake": sets["slake"]}
+        files = {folder / f"{key}.parquet": published.write_parquet(folder / f"{key}.parquet", rows).read_bytes() for key, rows in tables.items()}
+
+    def read(path: Path) -> Any:
+        found = load(path)
+        assert all(isinstance(record, dict) for record in found.records) and str(describe(path))
+        if found.layout is not None and found.layout.kind != "pair":
+            items = load_benchmark(path, split="all", language="all").items
+            assert all(item["answer_type"] in ("OPEN", "CLOSED") and isinstance(turn["value"], str) for item in items for turn in item["conversations"])
+        return repr(found.records), [(problem.row, problem.text) for problem in found.problems]
+
+    return Format("json" if name == "layouts" else name, files, read)
+
+
 def _gguf_files(folder: Path, name: str) -> Format:
     """Decoder and tower; the decoder also with a byte-level vocabulary and blocks of 8 bits."""
     import gguf
@@ -307,7 +337,8 @@ def _gguf_files(folder: Path, name: str) -> Format:
 
 
 FORMATS = ("safetensors", "index", "torch", "adapter_config", "adapter_expressions", "config", "hf_config", "hf_processor", "manifest", "tokenizer.model",
-           "tokenizer_config", "added_tokens", "preprocessor", "sft", "dpo", "jpeg", "png", "bmp", "dicom", "nifti", "zip", "tar", "gguf", "mmproj", "tokenizer.json")
+           "tokenizer_config", "added_tokens", "preprocessor", "sft", "dpo", "layouts", "pickle", "parquet", "jpeg", "png", "bmp", "dicom", "nifti", "zip", "tar",
+           "gguf", "mmproj", "tokenizer.json")
 
 
 def variant(name: str, format_: Format, case: int) -> tuple[Path, bytes]:

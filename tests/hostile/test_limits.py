@@ -13,6 +13,7 @@ import bombs
 import formats
 import mutate
 import numpy as np
+import published
 import pytest
 import scans
 from PIL import Image
@@ -272,11 +273,12 @@ def test_bytes_for_their_packed_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     scans.write_tar(tmp_path / "x.tar", {"a": content})
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress((tmp_path / "x.tar").read_bytes()))
     volume, deflated = scans.nifti(np.zeros((20, 20, 50), np.int16), gzipped=True), scans.deflated(scans.dicom(np.zeros((1, 100, 200), np.int16)))
+    table = published.write_parquet(tmp_path / "x.parquet", [{"text": "x" * 40_000}])
     attempts = (lambda: Archive(tmp_path / "x.zip").read("a", lambda head: 10**6), lambda: Archive(tmp_path / "x.tar.gz").read("a", lambda head: 10**6),
-                lambda: load_image(volume), lambda: load_image(deflated))
+                lambda: load_image(volume), lambda: load_image(deflated), lambda: read_records(table))
     for attempt in attempts:
         for plain, per_byte, allowed in ((60_000, 0, True), (30_000, 0, False), (0, 5000, True), (0, 5, False)):
-            for module in ("data.archives", "medical_images.dicom", "medical_images.nifti"):
+            for module in ("data.archives", "medical_images.dicom", "medical_images.nifti", "data.formats.parquet"):
                 monkeypatch.setattr(importlib.import_module(f"stllava.{module}"), "MAX_PLAIN_UNPACKED_BYTES", plain)
                 monkeypatch.setattr(importlib.import_module(f"stllava.{module}"), "MAX_UNPACKED_PER_BYTE", per_byte)
             if allowed:

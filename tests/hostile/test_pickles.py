@@ -1,4 +1,4 @@
-"""No pickle is ever run: every opcode and every name outside the whitelist is refused by name, in a torch file as in any other."""
+"""No pickle is ever run: every opcode and every name outside the whitelist is refused by name, in a torch file as in a data set's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from stllava.checkpoint import torch_pickle, torch_zip
+from stllava.data.benchmarks import load_benchmark
+from stllava.data.formats import plain_pickle
+from stllava.data.records import read_records
 from stllava.errors import FormatError
 
 ALLOWED_OPCODES = {"PROTO", "EMPTY_DICT", "MARK", "EMPTY_TUPLE", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE",
@@ -112,3 +115,66 @@ def test_real_pickles_with_a_call_create_nothing(tmp_path: Path, protocol: int, 
     with pytest.raises(FormatError, match="never run"):
         torch_zip.load(tmp_path / "bare.bin")
     assert not (tmp_path / "ran").exists()
+
+
+# ---- PathVQA's tables: lists, dictionaries, text and numbers, and nothing that has a name or is called ---------------------------------------
+
+CALLING = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
+UNUSED = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "EMPTY_SET", "ADDITEMS", "FROZENSET", "POP", "POP_MARK", "DUP"}
+
+
+def data_file(folder: Path, code: bytes) -> Path:
+    (folder / "test_vqa.pkl").write_bytes(code)
+    return folder / "test_vqa.pkl"
+
+
+def test_the_opcodes_of_plain_values_are_what_is_implemented() -> None:
+    codes = {opcode.name: opcode.code.encode("latin-1") for opcode in pickletools.opcodes}
+    assert codes.keys() >= CALLING | UNUSED
+    allowed = {code for name, code in codes.items() if name not in CALLING | UNUSED}
+    implemented = set(plain_pickle._OPCODES) | {b"."}
+    assert implemented == allowed
+
+
+@pytest.mark.parametrize("opcode", [opcode for opcode in pickletools.opcodes if opcode.name in CALLING | UNUSED], ids=lambda opcode: opcode.name)
+def test_opcode_is_refused_in_a_data_set(tmp_path: Path, opcode: pickletools.OpcodeInfo) -> None:
+    code = opcode.code.encode("latin-1")
+    for stack in (b"]", b"](K\1", b"]}X\1\0\0\0aN", b"])K\1\x85"):
+        with pytest.raises(FormatError, match=r"byte \d+: opcode .* is not allowed.*never run") as error:
+            read_records(data_file(tmp_path, b"\x80\x02" + stack + code + ARGUMENTS.get(opcode.name, b"") + b"."))
+        assert repr(code) in str(error.value)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_calls_in_a_data_set_create_nothing(tmp_path: Path, protocol: int) -> None:
+    row = {"img_id": "test_0001", "sent": "Q", "label": {"yes": 1}, "answer_type": "yes/no", "question_id": 1, "question_type": "is"}
+    assert len(load_benchmark(data_file(tmp_path, pickle.dumps([row], protocol))).items) == 1
+    for value in (Calls(tmp_path / "ran"), [Calls(tmp_path / "ran")], [row | {"sent": Calls(tmp_path / "ran")}], [row, row | {"label": {"yes": Calls(tmp_path / "ran")}}]):
+        with pytest.raises(FormatError):
+            read_records(data_file(tmp_path, pickle.dumps(value, protocol)))
+    for name in GLOBALS:
+        module, _, attribute = name.partition(" ")
+        with pytest.raises(FormatError):
+            read_records(data_file(tmp_path, b"](c%s\n%s\nX\1\0\0\0a\x85Re." % (module.encode(), attribute.encode())))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("code", [
+    b"]q\0h\0a.", b"]q\0(h\0h\0h\0e.", b"](}q\0X\1\0\0\0ah\0se.", b"](}X\1\0\0\0a]se.", b"](}(K\1K\1tK\1se.", b"](}]K\1se.", b"(", b"((.", b"]q\0h\1.", b"]g1\n.", b"]s.",
+    b"\x80\x06].", b"](I" + b"9" * 50 + b"\ne.", b"](\x8b\xff\xff\xff\x7fe.", b"](\x8a\xff" + bytes(255) + b"e.", b"](Fnan\ne.", b"](G\x7f\xf0\0\0\0\0\0\0e.",
+    b"](X\xff\xff\xff\xffabce.", b"](X\1\0\0\0\xffe.", b"(lp0\n(dp1\nS'a\np2\nI1\nsa.", b"](Sabc\ne.", b"](Ve.", b"](}q\0(X\1\0\0\0aue.",
+], ids=range(23))
+def test_programs_that_are_no_table(tmp_path: Path, code: bytes) -> None:
+    """Lists in themselves, keys that are tuples, numbers that are none or too long, texts and lines without an end."""
+    with pytest.raises(FormatError, match="test_vqa.pkl"):
+        read_records(data_file(tmp_path, code))
+
+
+def test_lists_in_lists_in_lists(tmp_path: Path) -> None:
+    """2^60 texts, were they ever written out."""
+    value: object = "a"
+    for _ in range(60):
+        value = [value, value]
+    for rows in ([{"image": value, "question": "Q", "answer": "A"}], [{"id": value}], [{"label": {"yes": value}}], [value], value):
+        with pytest.raises(FormatError, match="more than text and numbers|is a list|row 0 is a list"):
+            read_records(data_file(tmp_path, pickle.dumps(rows)))

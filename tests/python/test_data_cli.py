@@ -92,8 +92,7 @@ def test_images_inside_come_out_and_go_in(tmp_path, capsys) -> None:
     run(capsys, "sample", source, tmp_path / "one.parquet", "-n", 1)  # stays inside
     assert isinstance(load(tmp_path / "one.parquet").records[0]["image"], dict)
     err = wrong(capsys, "convert", tmp_path / "out" / "items.json", tmp_path / "bad.parquet", "--to", "parquet", "--embed_images", "--image_folder", tmp_path)
-    assert "1.png" in err or "32" in err or "file" in err
-    assert not (tmp_path / "bad.parquet").exists()
+    assert "cannot be read: No such file" in err and not (tmp_path / "bad.parquet").exists()
     items[0]["image"] = "../pictures/0.png"
     dump(tmp_path / "evil.json", items)
     err = wrong(capsys, "convert", tmp_path / "evil.json", tmp_path / "bad.parquet", "--to", "parquet", "--embed_images", "--image_folder", tmp_path / "out" / "images")
@@ -192,7 +191,7 @@ def test_sample_and_merge(tmp_path, capsys) -> None:
     (["convert", "IN", "OUT.json", "--to", "parquet"], "want .parquet"),
     (["convert", "IN", "OUT.json", "--to", "llava", "--embed_images"], "--embed_images needs a .parquet file"),
     (["convert", "IN", "IN", "--to", "llava"], "would take the place of what is read"),
-    (["convert", "NOWHERE", "OUT.json", "--to", "llava"], "No such file"),
+    (["convert", "NOWHERE", "OUT.json", "--to", "llava"], "no such file"),
     (["convert", "EMPTY", "OUT.json", "--to", "llava"], "no records"),
     (["convert", "IN", "OUT.json", "--to", "llava", "--splt", "x"], "unknown flag --splt; did you mean --split?"),
     (["convert", "IN", "OUT.json", "--to", "llava", "more"], "unexpected 'more'"),

@@ -506,6 +506,10 @@ ALLOWED = {
     ("demo/atlas.py", "image.save"): "into memory", ("demo/report.py", "figure.savefig"): "into memory",
     ("demo/sources.py", "tempfile.TemporaryDirectory"): "pip downloads into it", ("demo/sources.py", "os.replace"): "a wheel that pip has completed",
     ("demo/sources.py", "bundle.extractall"): "a cache: its stamp is written last, so a torn one is unpacked again",
+    ("datacheck/pictures.py", "image.save"): "into memory", ("evaluate/render/page.py", "image.save"): "into memory",
+    ("notebook.py", "picture.save"): "into memory", ("train/from_script.py", "Image.fromarray(processor.load(value).rgb).save"): "into memory",
+    ("pytest_plugin.py", "cache.mkdir"): "a folder of pytest's cache", ("pytest_plugin.py", "tempfile.TemporaryDirectory"): "where pytest has no cache",
+    ("torch_adapter/dpo.py", "tempfile.TemporaryDirectory"): "transformers reads a tokenizer from it",
 }
 
 

@@ -135,6 +135,18 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:
     assert most == 1
 
 
+def test_columns_of_other_types(tmp_path: Path) -> None:
+    """Categories are read as what they stand for; types that let one value stand in many rows are not read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    words = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int8()), pa.array(["yes", "no"]))
+    pq.write_table(pa.table({"answer": words, "image": ["a.png"] * 3, "question": ["Q"] * 3}), tmp_path / "x.parquet")
+    assert [record["conversations"][1]["value"] for record in read_records(tmp_path / "x.parquet")] == ["yes", "no", "yes"]
+    pq.write_table(pa.table({"answers": pa.array([["a"]], pa.list_(pa.dictionary(pa.int8(), pa.string())))}), tmp_path / "x.parquet")
+    with pytest.raises(FormatError, match="field 'answers' is of the type list<.*dictionary.*want text"):
+        read_records(tmp_path / "x.parquet")
+
+
 def test_plain_values_of_every_protocol(tmp_path: Path) -> None:
     value = [{"a": 1, "b": -2.5, "c": "caf\u00e9\n'\"", "d": {"x": 2**40, "y": -1, "z": 10**20}}, [], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), None, True, False, "x" * 300,
              255, 65535, 65536, -1, [["a"] * 3] * 2]
@@ -214,7 +226,8 @@ def test_only_the_train_split_is_trained_on(tmp_path: Path, model) -> None:
     for data, images in ((folder, folder), (folder / published.VQA_RAD, folder / "VQA_RAD Image Folder")):
         found = SFTDataset(data, **options(model, images))
         assert len(found) == 3 and {record["split"] for record in found.records} == {"train"}
-    assert len(SFTDataset(published.pathvqa(tmp_path / "path"), **options(model, tmp_path / "path"))) == 3
+    path = published.pathvqa(tmp_path / "path")
+    assert len(SFTDataset(path, **options(model, path))) == len(SFTDataset(path, **options(model, path) | {"image_folder": None})) == 3
 
 
 def test_samples_of_several_images(tmp_path: Path, model) -> None:

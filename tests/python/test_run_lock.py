@@ -173,7 +173,7 @@ def test_commands_end_with_one_line(tmp_path: Path, other_run: subprocess.Popen[
 
 
 def test_pairs_are_written_under_the_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "judged.jsonl").write_text("")
+    (tmp_path / "judged.jsonl").write_text('{"id": "1", "image": "a.png", "question": "What?", "candidates": []}\n')
     with run_lock(tmp_path / "pairs.json"):
         assert cli.main(["pairs", "--judged", str(tmp_path / "judged.jsonl"), "--out", str(tmp_path / "pairs.json")]) == 1
     assert "another run writes there" in capsys.readouterr().err

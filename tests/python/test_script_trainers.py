@@ -178,7 +178,7 @@ def test_other_mistakes(tmp_path, names):
     with pytest.raises(ConfigError, match="there is no train_dataset"):
         SFTTrainer(tiny_model(), SFTConfig(str(tmp_path)))
     trainer = SFTTrainer(tiny_model(), SFTConfig(str(tmp_path)), sft_records(names), image_folder=tmp_path)
-    with pytest.raises(ConfigError, match="there is no eval_dataset"):
+    with pytest.raises(ConfigError, match="pass eval_dataset"):
         trainer.evaluate()
 
 
@@ -186,6 +186,7 @@ def test_settings_of_trl_and_transformers():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert DPOConfig().output_dir == "trainer_output" and DPOConfig(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1]).loss_types == ("sigmoid", "sft")
+        assert SFTConfig(activation_checkpointing=True).gradient_checkpointing
         assert "max_length" not in arguments.DPOConfig.__dataclass_fields__
     for settings, message in (({"sync_ref_model": True}, "moving reference"), ({"ld_alpha": 0.5}, "LD-DPO"), ({"fp16": True}, "loss scaling"),
                               ({"generate_during_eval": True}, "on_evaluate")):

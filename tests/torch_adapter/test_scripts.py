@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,8 @@ from stllava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX  # noqa: E4
 from stllava.conversation import conv_templates  # noqa: E402
 from stllava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token  # noqa: E402
 from stllava.model.builder import load_pretrained_model  # noqa: E402
+from stllava.train import arguments, from_script  # noqa: E402
+from stllava.train.no_effect import NO_EFFECT  # noqa: E402
 from stllava.utils import disable_torch_init  # noqa: E402
 
 
@@ -116,3 +120,11 @@ def test_a_script_of_trl_on_datasets_with_pictures(tmp_path):
         trainer.train()
         runs.append(trainer)
     assert np.array_equal(runs[0].model.theta, runs[1].model.theta) and runs[0].state.log_history[0]["loss"] == pytest.approx(np.log(2))
+
+
+def test_every_setting_of_trl_is_known():
+    trl = pytest.importorskip("trl", reason="no trl: make test-torch")
+    for theirs, ours in ((trl.DPOConfig, arguments.DPOConfig), (trl.SFTConfig, arguments.SFTConfig)):
+        own = {field.name for field in dataclasses.fields(ours)} | {"max_length"}
+        unknown = {field.name for field in dataclasses.fields(theirs) if field.init} - own - from_script._TRL.keys() - NO_EFFECT.keys()
+        assert not unknown

@@ -47,7 +47,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file")
     if kind == ".json":
         return strict_json.read_object(path)
-    text = read_regular(path, MAX_JSON_BYTES).decode("utf-8", errors="strict")
+    try:
+        text = read_regular(path, MAX_JSON_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8: {error}", path=path) from error
     if kind == ".toml":
         try:
             return tomllib.loads(text)

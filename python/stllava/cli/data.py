@@ -175,6 +175,7 @@ class _Output:
 
     def write(self, path: Path, like: Loaded, records: list[dict[str, Any]]) -> int:
         """Number of rows written."""
+        from stllava.checkpoint.atomic import make_directory
         from stllava.checkpoint.lock import run_lock
         from stllava.data.formats.write import convert_records, embed_images, write_rows
         if path.exists() and any(os.path.samefile(path, source) for source in self.sources):
@@ -183,7 +184,7 @@ class _Output:
         rows = records if self.to is None else convert_records(records, like.layout.kind, self.to, like.path)
         if self.embed:
             rows = [embed_images(row, self._bytes_of) for row in rows]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with run_lock(path):
             write_rows(path, rows)
         return len(rows)

@@ -27,7 +27,8 @@ Verbs: TypeAlias = dict[str, tuple[Callable[[argparse.ArgumentParser], None], Ca
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Flag:
-    """A setting as the grammar sees it. `kind`: str, float, int or bool. `many`: takes several values; `single`: one may stand without a list."""
+    """A setting as the grammar sees it. `kind`: str, float, int or bool. `many`: takes several values; `single`: one may stand without a list.
+    `hidden`: taken, but not in the help."""
 
     name: str
     kind: type
@@ -35,6 +36,7 @@ class Flag:
     single: bool = True
     default: Any = None
     required: bool = False
+    hidden: bool = False
 
 
 def flags_of(cls: type, skip: Sequence[str] = ()) -> list[Flag]:
@@ -59,7 +61,8 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag], *, require
     Booleans take no value (true) or true/false/yes/no/1/0; those that are true by default have a --no_NAME too. Lists take several values.
     """
     for flag in flags:
-        options: dict[str, Any] = {"dest": flag.name, "required": flag.required and required, "default": argparse.SUPPRESS, "help": help_of(flag)}
+        options: dict[str, Any] = {"dest": flag.name, "required": flag.required and required, "default": argparse.SUPPRESS,
+                                   "help": argparse.SUPPRESS if flag.hidden else help_of(flag)}
         if flag.kind is bool:
             options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:

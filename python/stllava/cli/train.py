@@ -32,11 +32,11 @@ def script_flags(stage: str) -> list[Flag]:
     from stllava.train.script import DataArguments, ModelArguments, ScriptArguments
     flags = [flag for cls in (ModelArguments, DataArguments, ScriptArguments, STAGES[stage]) for flag in flags_of(cls)]
     names = {flag.name for flag in flags}
-    return flags + [Flag(name, entry.kind, entry.many, default=entry.default) for name, entry in NO_EFFECT.items() if name not in names]
+    return flags + [Flag(name, entry.kind, entry.many, default=entry.default, hidden=True) for name, entry in NO_EFFECT.items() if name not in names]
 
 
 def _add(parser: argparse.ArgumentParser, stage: str) -> None:
-    parser.epilog = SIGNALS
+    parser.epilog = f"{SIGNALS} Other flags of transformers and of LLaVA's scripts are taken too; each says what happens instead."
     add_flags(parser, script_flags(stage), required=False, aliases=ALIASES)  # a configuration file may give what is required
 
 

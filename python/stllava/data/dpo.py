@@ -54,7 +54,7 @@ class DPODataset:
                  on_bad_sample: str = "error") -> None:
         self.tokenizer, self.template = tokenizer, as_template(template)
         self.max_length, self.tokens_per_image = max_length, tokens_per_image
-        self._images = RecordImages(image_folder, image_processor)
+        self._images = RecordImages(image_folder, image_processor, data)
         self.records = read_records(data, "train")
         self.rows, self.problems = check_records(self.records, self._check, on_bad_sample, data if isinstance(data, (str, Path)) else "data")
 

@@ -19,9 +19,15 @@ __all__ = ["RecordImages"]
 
 
 class RecordImages:
-    """Names are their own keys. An image inside a record, {"bytes", "path"} as `datasets` has it, has a digest of its bytes."""
+    """Names are their own keys. An image inside a record, {"bytes", "path"} as `datasets` has it, has a digest of its bytes.
 
-    def __init__(self, folder: str | Path | None, processor: ImageProcessor) -> None:
+    Args:
+        folder: where names start; None: in `data` where that is a directory, else here.
+    """
+
+    def __init__(self, folder: str | Path | None, processor: ImageProcessor, data: object = None) -> None:
+        if folder is None and isinstance(data, (str, Path)) and Path(data).is_dir():
+            folder = data
         self._pictures = Pictures(folder, processor)
         self._embedded: dict[Hashable, Any] = {}
 

@@ -58,7 +58,7 @@ class SFTDataset:
         self.tokenizer, self.template = tokenizer, as_template(template)
         self.sq_r = sq_r if len(self.template.roles) > 2 else 0.0
         self.seed, self.max_length, self.tokens_per_image = seed, max_length, tokens_per_image
-        self._images = RecordImages(image_folder, image_processor)
+        self._images = RecordImages(image_folder, image_processor, data)
         self.records = read_records(data, "train")
         rows, self.problems = check_records(self.records, self._check, on_bad_sample, data if isinstance(data, (str, Path)) else "data")
         self.items = self._by_image(rows) if group_by_image else [[row] for row in rows]

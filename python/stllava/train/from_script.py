@@ -48,7 +48,6 @@ _TRL: dict[str, NoEffect] = {
     "max_completion_length": NoEffect(int, "a sample is cut at max_length, at its end"),
     "model_init_kwargs": NoEffect(str, _STORED), "ref_model_init_kwargs": NoEffect(str, _STORED), "trust_remote_code": NoEffect(bool, _STORED),
     "use_logits_to_keep": NoEffect(bool, "logits are computed at targets only"), "activation_offloading": NoEffect(bool, "memory is the CPU's"),
-    "activation_checkpointing_kwargs": NoEffect(str, "gradient_checkpointing computes each layer again"),
     "generate_during_eval": NoEffect(bool, "evaluations compute the loss", (False,), "leave it out, and generate in a callback's on_evaluate"),
     "sync_ref_model": NoEffect(bool, _REFERENCE, (False,), "leave it out: a moving reference is not implemented"),
     "ref_model_mixup_alpha": NoEffect(float, _REFERENCE), "ref_model_sync_steps": NoEffect(int, _REFERENCE),
@@ -57,7 +56,10 @@ _TRL: dict[str, NoEffect] = {
     "ld_alpha": NoEffect(float, "whole answers count", (None,), "leave it out: LD-DPO is not implemented"),
     "rpo_alpha": NoEffect(float, "preferences alone count", (None,), "use loss_type ['sigmoid', 'sft'] with loss_weights"),
     "router_aux_loss_coef": NoEffect(float, "there are no experts"), "chat_template_path": NoEffect(str, "the template is the trainer's argument"),
-    "eos_token": NoEffect(str, "an answer ends as the template says")}
+    "eos_token": NoEffect(str, "an answer ends as the template says"),
+    "deepspeed": NoEffect(str, "one process trains; the command line reads such a file's settings (stllava sft --deepspeed FILE)"),
+    "loss_type": NoEffect(str, "the loss is the targets' negative log-likelihood", ("nll", "chunked_nll"),  # of SFT; DPO has its own
+                          "leave it out: only the negative log-likelihood is implemented")}
 
 
 def _taking_all(cls: type) -> type:
@@ -65,6 +67,8 @@ def _taking_all(cls: type) -> type:
     generated = cls.__init__  # type: ignore[misc]
 
     def __init__(self: Any, output_dir: str = "trainer_output", **settings: Any) -> None:
+        if "activation_checkpointing" in settings:  # transformers 5's name
+            settings["gradient_checkpointing"] = settings.pop("activation_checkpointing")
         own = {field.name for field in dataclasses.fields(cls) if field.init}
         for name in [name for name in settings if name not in own]:
             value = settings.pop(name)

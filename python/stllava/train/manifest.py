@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stllava.checkpoint import atomic, strict_json
+from stllava.checkpoint.lock import run_lock
 from stllava.data.image_store import ImageStore
 from stllava.errors import FormatError
 from stllava.image_source import ImageError
@@ -38,7 +39,10 @@ class RunRecord:
 
     def write(self, directory: str | os.PathLike[str], *, counts: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
         """Into the manifest of `directory`, whose files are those of the result. Returns what was written under "run"."""
-        path = Path(directory) / atomic.MANIFEST
+        with run_lock(directory):
+            return self._write(Path(directory) / atomic.MANIFEST, counts, metrics)
+
+    def _write(self, path: Path, counts: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
         content = strict_json.read_object(path)
         identity = hashlib.sha256(strict_json.dump_object({"settings": self._settings.given, "inputs": self._inputs, "started": self._started}))
         content["run"] = {

@@ -2,7 +2,7 @@
 
     preference   prompt, chosen, rejected: conversational, plain text, or without a prompt      -> a pair
     instruction  messages, or prompt and completion                                             -> conversations
-    messages_of, parts_of                                                                       the way back
+    messages_of                                                                                 the way back
 
 An image stands where its part {"type": "image"} stands, as ``<image>`` on a line of its own; where contents are plain text and hold no marker, all
 images come before the first question, as in TRL's `prepare_multimodal_messages`.
@@ -20,7 +20,7 @@ from stllava.errors import FormatError
 __all__ = ["images_of", "instruction", "messages_of", "preference"]
 
 Turns = list[dict[str, str]]
-_ROLES = {"user": "human", "assistant": "gpt", "human": "human", "gpt": "gpt"}
+_ROLES = {"user": "human", "assistant": "gpt"}
 _PREFERENCE_FIELDS = ("prompt", "question", "chosen", "rejected", "image", "images")
 
 
@@ -98,7 +98,7 @@ def _messages(value: Any, field: str) -> list[dict[str, Any]]:
         if message["role"] == "system":
             raise FormatError(f"field {field!r}, message {number}: a system message has no place in LLaVA's layout, where the template has the "
                               "system text; take it out, or put its text before the first question", field=field)
-        if message["role"] not in ("user", "assistant"):
+        if message["role"] not in tuple(_ROLES):
             raise FormatError(f"field {field!r}, message {number}: role {message['role']!r}, want user or assistant", field=field)
         if not isinstance(message["content"], (str, list, tuple)):
             raise FormatError(f"field {field!r}, message {number}: content is {_shown(message['content'])}, want text or a list of parts",
@@ -167,7 +167,7 @@ def _shown(value: Any) -> str:
 
 def messages_of(turns: Sequence[Mapping[str, Any]], *, parts: bool) -> list[dict[str, Any]]:
     """LLaVA's turns as messages; with `parts`, contents are lists of parts and a marker becomes an image part. Raises FormatError."""
-    roles = {"human": "user", "gpt": "assistant"}
+    roles = {own: role for role, own in _ROLES.items()}
     messages = []
     for number, turn in enumerate(turns):
         if turn.get("from") not in roles or not isinstance(turn.get("value"), str):

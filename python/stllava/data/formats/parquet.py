@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from stllava.errors import ConfigError, FormatError
 from stllava.image_source import byte_limit
-from stllava.limits import MAX_DATA_BYTES
+from stllava.limits import MAX_DATA_BYTES, MAX_PLAIN_UNPACKED_BYTES, MAX_UNPACKED_PER_BYTE
 from stllava.paths import read_head
 
 __all__ = ["encode_parquet", "pyarrow", "read_parquet"]
 
-BATCH_ROWS = 64
+BATCH_ROWS = 8
 ROW_GROUP_ROWS = 100
 """As `datasets` has it where images are inside: a group is what a reader unpacks at once."""
 
@@ -37,14 +38,19 @@ def read_parquet(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     pa = pyarrow()
     read_head(path, 4)  # a regular file
-    n_bytes = 0
+    limit, n_bytes = min(MAX_DATA_BYTES, max(MAX_PLAIN_UNPACKED_BYTES, MAX_UNPACKED_PER_BYTE * os.path.getsize(path))), 0
     try:
         with pa.parquet.ParquetFile(path, thrift_string_size_limit=100 << 20, thrift_container_size_limit=1 << 20) as file:
-            _check_sizes(file, path)
+            _check_sizes(file, path, limit)
+            for field in file.schema_arrow:
+                if not _is_plain(pa, field.type):
+                    raise FormatError(f"{path}: field {field.name!r} is of the type {str(field.type)[:100]}, want text, numbers, bytes, lists or "
+                                      "structs", path=path, field=field.name)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
+                batch = _decoded(pa, batch)
                 n_bytes += batch.nbytes
-                if n_bytes > MAX_DATA_BYTES:
-                    raise FormatError(f"{path}: more than {MAX_DATA_BYTES} bytes of values", path=path)
+                if n_bytes > limit:
+                    raise _bomb(path, limit)
                 for row in batch.to_pylist():
                     yield {key: _image(value, path) if key in ("image", "images") else value for key, value in row.items() if value is not None}
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -53,12 +59,35 @@ def read_parquet(path: str | Path) -> Iterator[dict[str, Any]]:
         raise FormatError(f"{path}: not a readable Parquet file: {str(error)[:300]}", path=path) from error
 
 
-def _check_sizes(file: Any, path: str | Path) -> None:
+def _is_plain(pa: Any, kind: Any, inside: bool = False) -> bool:
+    """Are its values all there? Dictionaries are, in a column of their own; views and runs share one value among many rows, however long it is."""
+    types = pa.types
+    if types.is_struct(kind):
+        return all(_is_plain(pa, field.type, True) for field in kind)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_plain(pa, kind.value_type, True)
+    if types.is_dictionary(kind):
+        return not inside and _is_plain(pa, kind.value_type, True)
+    plain = (types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal, types.is_temporal, types.is_string,
+             types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    return any(is_kind(kind) for is_kind in plain)
+
+
+def _decoded(pa: Any, batch: Any) -> Any:
+    columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _bomb(path: str | Path, limit: int) -> FormatError:
+    return FormatError(f"{path}: unpacks to more than {limit} bytes, the limit for a file of its size", path=path)
+
+
+def _check_sizes(file: Any, path: str | Path, limit: int) -> None:
     """The sizes that the file announces for itself, before anything is unpacked."""
     metadata = file.metadata
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    if any(size < 0 for size in sizes) or sum(sizes) > MAX_DATA_BYTES:
-        raise FormatError(f"{path}: announces {sum(sizes)} bytes of values, limit {MAX_DATA_BYTES}", path=path)
+    if any(size < 0 for size in sizes) or sum(sizes) > limit:
+        raise _bomb(path, limit)
 
 
 def _image(value: Any, path: str | Path) -> Any:
