@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydicom
 from pydicom.encaps import get_frame
+from pydicom.uid import JPEGLSTransferSyntaxes
 
 from stllava.limits import MAX_JPEG_SCANS
 
@@ -27,7 +28,8 @@ def check_codestream(ds: pydicom.Dataset, frame: int, n_frames: int) -> None:
     if data.startswith(b"\xff\xd8"):
         if (n := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
             raise Unreadable(f"{n} scans of a JPEG, limit {MAX_JPEG_SCANS}")
-        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):  # CharLS would look for it for seconds
+        # CharLS looks for a missing end mark for seconds.
+        if ds.file_meta.TransferSyntaxUID in JPEGLSTransferSyntaxes and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
             raise Unreadable("a compressed frame without its end mark: cut off")
 
 
