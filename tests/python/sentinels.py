@@ -243,9 +243,10 @@ def main(folder: Path, model: Path, out: Path) -> None:
             for skip in ("error", "skip"):
                 run([verb, *common, "--data_path", str(out / f"{quality}-{verb}.json"), "--output_dir", str(results / f"{verb}-{skip}"), "--max_steps", "2", "--on_bad_sample", skip,
                      "--lora_enable"])
-        run(["check-data", str(out / f"{quality}-sft.json"), "--image_folder", str(folder), "--deep"])
+        run(["check-data", str(out / f"{quality}-sft.json"), "--image_folder", str(folder), "--deep", "--html", str(results / "check.html"),
+             "--jsonl", str(results / "check.jsonl")])
         run(["generate", *common, "--question_file", str(out / f"{quality}-questions.json"), "--answers_file", str(results / "answers.jsonl"), "--max_new_tokens", "2"])
-        run(["eval", *common, "--question_file", str(out / f"{quality}-eval.json"), "--answers_file", str(results / "eval.jsonl"), "--max_new_tokens", "2"])
+        run(["eval", *common, "--question_file", str(out / f"{quality}-eval.json"), "--out", str(results / "eval"), "--max_new_tokens", "2"])
         run(["answer", *common, "--questions", str(out / f"{quality}-asked.jsonl"), "--out", str(out / f"named-{quality}-answer.jsonl"), "--max_new_tokens", "2"])
         for name in images[:3]:
             run(["chat", str(model), "--image", str(folder / name), "--max_new_tokens", "2"], "What is it?\n")

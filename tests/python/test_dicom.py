@@ -291,6 +291,17 @@ def test_a_compressed_frame_of_another_size_is_refused_before_it_is_decoded() ->
             load_image(scans.encoded(ds))
 
 
+def test_a_compressed_frame_must_end_and_say_its_size() -> None:
+    """Only JPEG-LS must end: other decoders notice it themselves, and some writers leave the mark out."""
+    ds = pydicom.dcmread(real("SC_rgb_jls_lossy_line.dcm"))
+    whole = ds.PixelData
+    end, start = whole.rindex(b"\xff\xd9"), whole.index(b"\xff\xd8")
+    for data, reason in ((whole[:end] + b"\xfe" + whole[end + 1:], "without its end mark"), (whole[:start + 2] + b"\xfe" + whole[start + 3:], "does not say its size")):
+        ds.PixelData = data
+        with pytest.raises(ImageError, match=reason):
+            load_image(scans.encoded(ds))
+
+
 def test_without_preamble_and_without_meta() -> None:
     whole = scans.dicom(RAMP)
     want = load_image(whole).rgb

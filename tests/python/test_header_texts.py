@@ -40,9 +40,7 @@ def test_the_files_are_full_of_texts() -> None:
 def test_nothing_is_said(session: tuple[Path, Path, subprocess.CompletedProcess[bytes]]) -> None:
     _, _, done = session
     for stream in (done.stdout, done.stderr):
-        assert not re.findall(rb"[^\n]*QZ7PHI\d[^\n]*", stream)[:3]
-        about_names = re.sub(rb"(?s)\$ check-data\n.*?exit code", b"", stream)  # its report is about files, by their names
-        assert not re.findall(rb"[^\n]*QZ7PHI[^\n]*", about_names)[:3]
+        assert not re.findall(rb"[^\n]*QZ7PHI[^\n]*", stream)[:3]
 
 
 def test_nothing_is_written(session: tuple[Path, Path, subprocess.CompletedProcess[bytes]]) -> None:

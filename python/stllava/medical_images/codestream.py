@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydicom
 from pydicom.encaps import get_frame
+from pydicom.uid import JPEGLSTransferSyntaxes
 
 from stllava.limits import MAX_JPEG_SCANS
 
@@ -20,10 +21,16 @@ def check_codestream(ds: pydicom.Dataset, frame: int, n_frames: int) -> None:
     offsets = (ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in ds else None
     data = get_frame(ds.PixelData, frame, number_of_frames=n_frames, extended_offsets=offsets)
     size = codestream_size(data)
+    if size is None and data[:2] in (b"\xff\xd8", b"\xff\x4f"):
+        raise Unreadable("a compressed frame that does not say its size")
     if size is not None and size != (ds.Columns, ds.Rows):
         raise Unreadable(f"a compressed frame of {size[0]}x{size[1]} pixels, the header says {int(ds.Columns)}x{int(ds.Rows)}")
-    if data.startswith(b"\xff\xd8") and (n := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
-        raise Unreadable(f"{n} scans of a JPEG, limit {MAX_JPEG_SCANS}")
+    if data.startswith(b"\xff\xd8"):
+        if (n := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+            raise Unreadable(f"{n} scans of a JPEG, limit {MAX_JPEG_SCANS}")
+        # CharLS looks for a missing end mark for seconds.
+        if ds.file_meta.TransferSyntaxUID in JPEGLSTransferSyntaxes and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+            raise Unreadable("a compressed frame without its end mark: cut off")
 
 
 def codestream_size(data: bytes) -> tuple[int, int] | None:
