@@ -35,6 +35,7 @@ static void update_equals_formula(void)
     double tolerance = sizeof(real) == 4 ? 1e-6 : 1e-14; /* five roundings of one update each */
     CHECK_MREL("theta", theta, want, N, tolerance);
     CHECK_MREL("m", m, wm, N - 5, tolerance);
+    CHECK_MREL("v", v, wv, N - 5, tolerance);
     CHECK_SAME_BITS("1 and 4 threads", theta, other, N * sizeof(real));
     CHECK_SAME_BITS("before the range", theta, start, 3 * sizeof(real));
     CHECK_SAME_BITS("behind the range", theta + N - 5, start + N - 5, 5 * sizeof(real));
