@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
 
 from stllava.data.image_store import ImageStore
+from stllava.errors import ConfigError
 from stllava.images import ImageError, LoadedImage, image_size, load_image
 
 SAYS_NOTHING = "ultrasound or secondary capture that does not say whether text is burned into the pixels; it may identify a patient"
@@ -314,3 +316,10 @@ def test_without_preamble_and_without_meta() -> None:
         np.testing.assert_array_equal(load_image(bare).rgb, want)
     with pytest.raises(ImageError, match="not one of"):  # a group of pixels alone is no sign
         load_image(bare[bare.index(b"\x28\0\x02\0"):])
+
+
+def test_without_pydicom_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "stllava.medical_images.dicom", raising=False)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ConfigError, match=r"DICOM files need pydicom: pip install 'stllava\[dicom\]'"):
+        load_image(scans.dicom(RAMP))

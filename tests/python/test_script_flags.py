@@ -154,6 +154,12 @@ def test_original_compat_is_printed_and_each_of_it_wins_by_itself(settings):
     assert resolve("dpo", found.given).training == found.training  # what a record keeps is enough
 
 
+def test_what_differs_from_the_original_in_dpo_is_said(settings):
+    assert "the original's way is disable_dropout False" in settings("--lora_enable", stage="dpo")[1][0]
+    assert settings("--lora_enable", "--disable_dropout", "False", stage="dpo")[1] == settings("--lora_enable")[1] == []
+    assert "sq_r has no effect" in settings("--sq_r", "0.3", stage="dpo")[1][0]
+
+
 # ---- DeepSpeed's file ------------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TypeVar
 
+from stllava.errors import ConfigError
 from stllava.image_source import Content, ImageError
 from stllava.images import LoadedImage
 
@@ -77,4 +78,4 @@ def _reader(content: Content) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise ImportError(f"{content.kind} files need {package}: pip install 'stllava[{extra}]'") from error
+        raise ConfigError(f"{content.kind} files need {package}: pip install 'stllava[{extra}]'") from error

@@ -69,6 +69,10 @@ def resolve(stage: str, given: dict[str, Any], say: Callable[[str], None] = lamb
     parts: dict[str, Any] = {part: cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.init and f.name in given})
                              for part, cls in classes.items()}
     _check_together(parts)
+    if stage == "dpo" and parts["training"].disable_dropout and (parts["model"].lora_enable or parts["model"].vit_lora_enable):
+        say("adapters drop nothing in DPO, as in TRL; the original's way is disable_dropout False")
+    if stage == "dpo" and "sq_r" in given:
+        say("sq_r has no effect: questions of pairs are never self-asked")
     kept = {name: value for name, value in given.items() if name in fields and name not in _OF_FILES}
     return Settings(stage, kept, **parts)
 
