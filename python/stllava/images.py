@@ -78,7 +78,7 @@ def load_image(source: Source, mode: Mode = "default", *, background: Colour = B
     alpha dropped, deep grey clamped at 255. Both: CMYK and others by Pillow's formula, first frame of animations, 16-bit colour
     by its high bytes. DICOM and NIfTI files have one rule, see `stllava.medical_images`.
 
-    Raises ImageError naming the file and the reason; MemoryError; ImportError in one line: a medical file, and its extra is not installed.
+    Raises ImageError naming the file and the reason; MemoryError; ConfigError in one line: a medical file, and its extra is not installed.
     """
     if mode not in ("default", "compat"):
         raise ConfigError(f"mode {mode!r}: want 'default' or 'compat'", field="mode")

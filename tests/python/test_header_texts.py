@@ -32,7 +32,9 @@ def test_the_files_are_full_of_texts() -> None:
     """Some 2,700, and a reader that takes them all finds them: this is a DICOM file."""
     [whole] = [content for name, content, _ in sentinels.whole_and_broken() if name == "whole"]
     assert len(set(re.findall(rb"QZ7PHI\d{5}", whole))) > 2500
-    ds = pydicom.dcmread(io.BytesIO(whole))
+    with pytest.warns(UserWarning, match=f"Unknown encoding '{sentinels.MARK}"):  # pydicom's own way of telling a header's text
+        ds = pydicom.dcmread(io.BytesIO(whole))
+        str(ds.PatientName)
     assert ds.PatientName == ds[0x00100010].value and str(ds.PatientName).startswith(sentinels.MARK) and ds.Rows == 40
     assert ds.OtherPatientIDsSequence[1].ReferencedStudySequence[0].PatientComments.startswith(sentinels.MARK) and ds[0x00091000].value.startswith(sentinels.MARK)
 
@@ -44,7 +46,7 @@ def test_nothing_is_said(session: tuple[Path, Path, subprocess.CompletedProcess[
 
 
 def test_nothing_is_written(session: tuple[Path, Path, subprocess.CompletedProcess[bytes]]) -> None:
-    """Data files and the results of `ask` and `answer` name the pictures, by the names that they were given; nothing else does."""
+    """Data files, the results of `ask` and `answer`, and the items in report.json of `eval` name the pictures, by the names that they were given."""
     _, out, _ = session
     written = [path for path in out.rglob("*") if path.is_file()]
     assert len([path for path in written if path.suffix in (".safetensors", ".jsonl", ".json")]) > 15
@@ -52,8 +54,8 @@ def test_nothing_is_written(session: tuple[Path, Path, subprocess.CompletedProce
     for path in written:
         content = path.read_bytes()
         assert not number.search(content), path
-        if "written-whole" in path.parts or "written-broken" in path.parts:
-            assert sentinels.MARK.encode() not in content or path.name.startswith("manifest"), path
+        if {"written-whole", "written-broken"} & set(path.parts) and path.name != "report.json":
+            assert sentinels.MARK.encode() not in content, path
 
 
 def test_everything_was_tried(session: tuple[Path, Path, subprocess.CompletedProcess[bytes]]) -> None:

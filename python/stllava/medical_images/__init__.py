@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def load_medical(content: Content) -> LoadedImage:
-    """The chosen picture. Raises ImageError; ImportError: the extra is not installed; MemoryError."""
+    """The chosen picture. Raises ImageError; ConfigError: the extra is not installed; MemoryError."""
     def read(reader: ModuleType) -> LoadedImage:
         rgb, notes = reader.read(content.data, content.choice)
         return LoadedImage(rgb, notes)
