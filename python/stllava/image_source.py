@@ -1,4 +1,4 @@
-"""Where a picture comes from: a file, its content, a member of an archive, a row of a table. And what of it messages may show.
+"""Where a picture comes from, a file, its content, a member of an archive, a row of a table; what its readers return; what of it messages may show.
 
 A name may end in a choice of what is inside a medical file: `scan.dcm#frame=3`, `volume.nii.gz#axis=2&slice=40`.
 """
@@ -9,15 +9,20 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stllava.errors import FormatError
 from stllava.limits import MAX_IMAGE_BYTES, MAX_MEDICAL_BYTES
 from stllava.paths import read_head, read_regular
 
-__all__ = ["HEAD_BYTES", "Content", "ImageError", "Stored", "byte_limit", "medical_kind", "read_source", "shown_name", "split_choice", "suffix_of"]
+__all__ = ["CATCHING", "HEAD_BYTES", "Content", "ImageError", "LoadedImage", "Stored", "byte_limit", "medical_kind", "read_source", "shown_name",
+           "split_choice", "suffix_of"]
 
 HEAD_BYTES = 544  # of NIfTI-2, the longest head that tells a kind
 SHOW_NAMES = "STLLAVA_SHOW_NAMES"
@@ -30,6 +35,18 @@ _SALT = secrets.token_bytes(16)
 
 class ImageError(FormatError):
     """A picture is missing, empty, damaged, truncated, too large or of an unknown kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """rgb: uint8 (height, width, 3). notes: what was done to (or ignored in) the file; empty for plain RGB or grey pictures."""
+
+    rgb: NDArray[np.uint8]
+    notes: list[str]
+
+
+CATCHING = threading.Lock()
+"""Catching warnings changes the whole process, so readers that do hold this."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from stllava.checkpoint.atomic import write_bytes
 from stllava.checkpoint.hf_processor import picture_settings
 from stllava.checkpoint.strict_json import dump_object, read_object
 from stllava.errors import ConfigError
-from stllava.image_source import Content, FileSource, ImageError as ImageError, read_source
+from stllava.image_source import CATCHING, Content, FileSource, ImageError as ImageError, LoadedImage, read_source
 from stllava.limits import MAX_JPEG_SCANS, MAX_NUMBER, MAX_PIXELS, MAX_PIXELS_PER_BYTE, MAX_PLAIN_PIXELS, MAX_PNG_TEXTS, MAX_SIDE_PX
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -52,14 +51,6 @@ _HEADERS_BYTES = 1 << 18  # the headers of most pictures
 
 Mode: TypeAlias = Literal["default", "compat"]
 Colour: TypeAlias = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedImage:
-    """rgb: uint8 (height, width, 3). notes: what was done to (or ignored in) the file; empty for plain RGB or grey pictures."""
-
-    rgb: NDArray[np.uint8]
-    notes: list[str]
 
 
 Source: TypeAlias = FileSource | Image.Image
@@ -155,10 +146,6 @@ def _borrow(image: Image.Image) -> Image.Image:
     """A copy, so that closing it leaves the caller's image open."""
     check_size(*image.size)
     return image.copy()
-
-
-CATCHING = threading.Lock()
-"""Catching warnings changes the whole process, so one thread at a time."""
 
 
 @contextmanager

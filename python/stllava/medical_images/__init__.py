@@ -19,8 +19,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from stllava.errors import ConfigError
-from stllava.image_source import Content, ImageError
-from stllava.images import LoadedImage
+from stllava.image_source import Content, ImageError, LoadedImage
 
 from .choice import Unreadable
 from .silence import silence

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stllava.images import CATCHING
+from stllava.image_source import CATCHING
 
 __all__ = ["silence"]
 
