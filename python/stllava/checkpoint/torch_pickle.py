@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from stllava.checkpoint.pickle_machine import MARK, PickleMachine
 from stllava.checkpoint.tensor_file import NUMPY_DTYPES, Tensor, dtype_name, is_shape, is_size
-from stllava.errors import FormatError
 from stllava.limits import MAX_RANK
 
 _STORAGES = {"f64": "DoubleStorage", "f32": "FloatStorage", "f16": "HalfStorage", "bf16": "BFloat16Storage",
@@ -46,91 +46,27 @@ class _Global:
     name: str
 
 
-_MARK = object()
+class _Program(PickleMachine):
+    """Interpreter for the opcodes that a dictionary of tensors needs; anything else is a FormatError. Dictionary keys must be strings."""
 
-
-class _Program:
-    """Interpreter for the opcodes that a dictionary of tensors needs; anything else is a FormatError.
-
-    Work and memory are bounded by the pickle's length: each opcode pushes at most one object, nothing is copied or
-    compared recursively, dictionary keys must be strings, and messages never print a nested object (a memo can build one
-    that is exponentially larger than the file).
-    """
+    WHERE, HOLDS, MAX_LINE = "data.pkl", "dictionaries of tensors", 256
 
     def __init__(self, code: bytes, path: Path, storage: StorageReader) -> None:
-        self._code, self._path, self._storage = code, path, storage
-        self._at = 0
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
+        super().__init__(code, path)
+        self._storage = storage
 
     def run(self) -> Any:
-        try:
-            while True:
-                opcode = self._take(1)
-                if opcode == b".":
-                    break
-                step = _OPCODES.get(opcode)
-                if step is None:
-                    raise self._fail(f"opcode {opcode!r} is not allowed")
-                step(self)
-            if len(self._stack) != 1:
-                raise self._fail(f"{len(self._stack)} objects left at the end, want 1")
-            return self._stack[0]
-        except (IndexError, KeyError, UnicodeDecodeError) as error:
-            raise self._fail(f"malformed: {type(error).__name__} {error}") from error
-
-    def _fail(self, what: str) -> FormatError:
-        return FormatError(f"{self._path}: data.pkl, byte {self._at}: {what}. Only dictionaries of tensors are read; "
-                           "a pickle is never run", path=self._path, field="data.pkl")
-
-    def _take(self, count: int) -> bytes:
-        data = self._code[self._at:self._at + count]
-        if len(data) != count:
-            raise self._fail("ends too early")
-        self._at += count
-        return data
-
-    def _uint(self, n_bytes: int) -> int:
-        return int.from_bytes(self._take(n_bytes), "little")
-
-    def _line(self) -> str:
-        end = self._code.find(b"\n", self._at, self._at + 256)
-        if end < 0:
-            raise self._fail("name without an end")
-        line = self._code[self._at:end].decode("ascii")
-        self._at = end + 1
-        return line
-
-    def _pop(self) -> Any:
-        value = self._stack.pop()
-        if value is _MARK:
-            raise self._fail("mark where a value is wanted")
-        return value
-
-    def _pop_to_mark(self) -> list[Any]:
-        items = []
-        while (value := self._stack.pop()) is not _MARK:
-            items.append(value)
-        return items[::-1]
+        return self._run(_OPCODES)
 
     def _protocol(self) -> None:
         if (version := self._uint(1)) != 2:
             raise self._fail(f"pickle protocol {version}, want 2")
 
     def _global(self) -> None:
-        name = f"{self._line()} {self._line()}"
+        name = f"{self._line().decode('ascii')} {self._line().decode('ascii')}"
         if name not in (_ORDERED_DICT, _REBUILD) and name not in _DTYPE_OF_STORAGE:
             raise self._fail(f"name {name!r} is not allowed")
-        self._stack.append(_Global(name))
-
-    def _put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
-
-    def _tuple(self, items: list[Any]) -> None:
-        self._stack.append(tuple(items))
-
-    def _long1(self) -> None:
-        self._stack.append(int.from_bytes(self._take(self._uint(1)), "little", signed=True))
+        self.push(_Global(name))
 
     def _set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
@@ -157,7 +93,7 @@ class _Program:
         """('storage', storage class, key, device, count) -> flat array."""
         match self._pop():  # types first: compared with a string, an array is neither true nor false
             case (str(kind), _Global(name), str(key), str(_), int(count)) if kind == "storage" and name in _DTYPE_OF_STORAGE and count >= 0:
-                self._stack.append(self._storage(key, NUMPY_DTYPES[_DTYPE_OF_STORAGE[name]], count))
+                self.push(self._storage(key, NUMPY_DTYPES[_DTYPE_OF_STORAGE[name]], count))
             case other:
                 raise self._fail(f"persistent object of type {type(other).__name__} is not a storage")
 
@@ -166,9 +102,9 @@ class _Program:
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise self._fail("call of something that is not a name")
         if function.name == _ORDERED_DICT and arguments == ():
-            self._stack.append({})
+            self.push({})
         elif function.name == _REBUILD:
-            self._stack.append(self._tensor(arguments))
+            self.push(self._tensor(arguments))
         else:
             raise self._fail(f"call of {function.name!r} is not allowed")
 
@@ -193,31 +129,31 @@ def _is_sizes(value: Any) -> bool:
 
 _OPCODES: dict[bytes, Callable[[_Program], None]] = {
     b"\x80": _Program._protocol,
-    b"}": lambda p: p._stack.append({}),
-    b"(": lambda p: p._stack.append(_MARK),
-    b")": lambda p: p._stack.append(()),
-    b"N": lambda p: p._stack.append(None),
-    b"\x88": lambda p: p._stack.append(True),
-    b"\x89": lambda p: p._stack.append(False),
-    b"K": lambda p: p._stack.append(p._uint(1)),
-    b"M": lambda p: p._stack.append(p._uint(2)),
-    b"J": lambda p: p._stack.append(int.from_bytes(p._take(4), "little", signed=True)),
-    b"\x8a": _Program._long1,
-    b"X": lambda p: p._stack.append(p._take(p._uint(4)).decode("utf-8")),
-    b"t": lambda p: p._tuple(p._pop_to_mark()),
-    b"\x85": lambda p: p._tuple([p._pop()]),
-    b"\x86": lambda p: p._tuple([p._pop(), p._pop()][::-1]),
-    b"\x87": lambda p: p._tuple([p._pop(), p._pop(), p._pop()][::-1]),
+    b"}": lambda p: p.push({}),
+    b"(": lambda p: p.push(MARK),
+    b")": lambda p: p.push(()),
+    b"N": lambda p: p.push(None),
+    b"\x88": lambda p: p.push(True),
+    b"\x89": lambda p: p.push(False),
+    b"K": lambda p: p.push(p._uint(1)),
+    b"M": lambda p: p.push(p._uint(2)),
+    b"J": lambda p: p.push(p._int(4)),
+    b"\x8a": lambda p: p.push(p._int(p._uint(1))),
+    b"X": lambda p: p.push(p._take(p._uint(4)).decode("utf-8")),
+    b"t": lambda p: p.push(tuple(p._pop_to_mark())),
+    b"\x85": lambda p: p.push(p._pop_several(1)),
+    b"\x86": lambda p: p.push(p._pop_several(2)),
+    b"\x87": lambda p: p.push(p._pop_several(3)),
     b"c": _Program._global,
     b"Q": _Program._persistent,
     b"R": _Program._reduce,
     b"b": _Program._build,
     b"s": _Program._set_item,
     b"u": lambda p: p._set_items(p._pop_to_mark()),
-    b"q": lambda p: p._put(p._uint(1)),
-    b"r": lambda p: p._put(p._uint(4)),
-    b"h": lambda p: p._stack.append(p._memo[p._uint(1)]),
-    b"j": lambda p: p._stack.append(p._memo[p._uint(4)]),
+    b"q": lambda p: p.remember(p._uint(1)),
+    b"r": lambda p: p.remember(p._uint(4)),
+    b"h": lambda p: p.recall(p._uint(1)),
+    b"j": lambda p: p.recall(p._uint(4)),
 }
 
 
