@@ -54,7 +54,7 @@ def flags_of(cls: type, skip: Sequence[str] = ()) -> list[Flag]:
     return flags
 
 
-def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag], *, required: bool = True,
+def add_flags(parser: argparse._ActionsContainer, flags: Iterable[Flag], *, required: bool = True,
               aliases: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
     """One --flag each; what is not given is not in the namespace.
 

@@ -25,19 +25,28 @@ ALIASES = {"model_name_or_path": ("--model_path",)}
 
 
 @functools.cache
-def script_flags(stage: str) -> list[Flag]:
-    """Every flag of `stllava sft` or `stllava dpo`."""
+def _groups(stage: str) -> dict[str, list[Flag]]:
+    """The flags of `stllava sft` or `stllava dpo`, under the titles of their help."""
     from stllava.train.no_effect import NO_EFFECT
     from stllava.train.resolve import STAGES
     from stllava.train.script import DataArguments, ModelArguments, ScriptArguments
-    flags = [flag for cls in (ModelArguments, DataArguments, ScriptArguments, STAGES[stage]) for flag in flags_of(cls)]
-    names = {flag.name for flag in flags}
-    return flags + [Flag(name, entry.kind, entry.many, default=entry.default, hidden=True) for name, entry in NO_EFFECT.items() if name not in names]
+    groups = {title: flags_of(cls) for title, cls in
+              (("model", ModelArguments), ("data", DataArguments), ("training", STAGES[stage]), ("how it is run", ScriptArguments))}
+    names = {flag.name for flags in groups.values() for flag in flags}
+    hidden = [Flag(name, entry.kind, entry.many, default=entry.default, hidden=True) for name, entry in NO_EFFECT.items() if name not in names]
+    return {**groups, "without effect": hidden}
+
+
+def script_flags(stage: str) -> list[Flag]:
+    """Every flag of `stllava sft` or `stllava dpo`."""
+    return [flag for flags in _groups(stage).values() for flag in flags]
 
 
 def _add(parser: argparse.ArgumentParser, stage: str) -> None:
+    parser.usage = "%(prog)s --model_name_or_path DIR --data_path FILE --output_dir DIR [--FLAG [VALUE] ...]"
     parser.epilog = f"{SIGNALS} Other flags of transformers and of LLaVA's scripts are taken too; each says what happens instead."
-    add_flags(parser, script_flags(stage), required=False, aliases=ALIASES)  # a configuration file may give what is required
+    for title, flags in _groups(stage).items():  # none is required here: a configuration file may give it
+        add_flags(parser.add_argument_group(title), flags, required=False, aliases=ALIASES)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
