@@ -141,7 +141,7 @@ _OPCODES: dict[bytes, Callable[[_Program], None]] = {
     b"\x8a": lambda p: p.push(p._int(p._uint(1))),
     b"X": lambda p: p.push(p._take(p._uint(4)).decode("utf-8")),
     b"t": lambda p: p.push(tuple(p._pop_to_mark())),
-    b"\x85": lambda p: p.push(p._pop_several(1)),
+    b"\x85": lambda p: p.push((p._pop(),)),
     b"\x86": lambda p: p.push(p._pop_several(2)),
     b"\x87": lambda p: p.push(p._pop_several(3)),
     b"c": _Program._global,

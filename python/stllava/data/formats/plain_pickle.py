@@ -120,7 +120,7 @@ _OPCODES: dict[bytes, Callable[[_Reader], None]] = {
     b"l": lambda r: r.push(r._pop_to_mark()),
     b"d": lambda r: r.push(r.dictionary(r._pop_to_mark())),
     b"t": lambda r: r.push(tuple(r._pop_to_mark())),
-    b"\x85": lambda r: r.push(r._pop_several(1)),
+    b"\x85": lambda r: r.push((r._pop(),)),
     b"\x86": lambda r: r.push(r._pop_several(2)),
     b"\x87": lambda r: r.push(r._pop_several(3)),
     b"a": lambda r: r.append([r._pop()]),
