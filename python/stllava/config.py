@@ -236,6 +236,11 @@ class LlavaConfig(FileConfig):
                 "rope_theta": float(self.rope_theta), "sliding_window": window,
                 "tie_word_embeddings": self.tie_word_embeddings, "max_position_embeddings": self.max_position_embeddings}
 
+    @property
+    def n_layers(self) -> tuple[int, int]:
+        """Of the tower (0: there is none) and of the decoder, as `Run.set_recompute` counts them."""
+        return (0 if self.mm_vision_tower is None or self.vision is None else self.vision.num_hidden_layers), self.num_hidden_layers
+
     def core_config(self) -> dict[str, Any]:
         """The plain dictionary the C core takes: "vision", "projector" (None for a decoder alone) and "decoder".
 

@@ -109,8 +109,7 @@ def image_size(source: FileSource, mode: Mode = "default") -> tuple[int, int]:
 def _size(content: Content, mode: Mode) -> tuple[int, int]:
     try:
         with _open(content.data, []) as image:
-            stored = image.format == "PNG" and "exif" not in image.info  # there Pillow would decode the picture to look behind it
-            return image.size if mode == "compat" or stored or _orientation(image) < 5 else (image.height, image.width)
+            return image.size if mode == "compat" or header_orientation(image) < 5 else (image.height, image.width)
     except MemoryError:
         raise
     except Exception as error:
@@ -194,7 +193,7 @@ def _convert(image: Image.Image, data: bytes, mode: Mode, background: Colour, no
 
 
 def _orientation(image: Image.Image) -> int:
-    """1..8; 1 (upright) also where the EXIF block cannot be parsed, as viewers do."""
+    """EXIF's, 1..8; 1 (upright) also where the block cannot be parsed, as viewers do."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
@@ -202,6 +201,11 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # noqa: BLE001 - the block is a TIFF file of its own, with as many ways to be damaged
         return 1
     return value if value in range(1, 9) else 1
+
+
+def header_orientation(image: Image.Image) -> int:
+    """`_orientation` from the header alone: of a PNG whose block lies behind its pixels, which Pillow would decode to look, 1."""
+    return 1 if image.format == "PNG" and "exif" not in image.info else _orientation(image)
 
 
 def _deep_grey(image: Image.Image, mode: Mode, notes: list[str]) -> NDArray[np.uint8]:

@@ -117,7 +117,7 @@ def test_shards_of_an_index(tmp_path: Path, folder: Path) -> None:
 
 
 def test_files_of_a_manifest(tmp_path: Path, folder: Path) -> None:
-    entry = atomic._describe(folder.parent / "secret.png")
+    entry = atomic.file_entry(folder.parent / "secret.png")
 
     def read(name: str):
         (folder / "manifest.json").write_text(json.dumps({"version": 1, "files": {name: entry}}))

@@ -227,7 +227,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         entries = {}
         for name in files:
             _fsync_file(staging / name)  # whoever wrote it
-            entries[name] = _describe(staging / name)
+            entries[name] = file_entry(staging / name)
         write_bytes(staging / MANIFEST, strict_json.dump_object({"version": _VERSION, "files": entries}))
         for directory in [*(p for p in staging.rglob("*") if p.is_dir()), staging]:
             _fsync_directory(directory)
@@ -247,8 +247,8 @@ def _fsync_file(path: Path) -> None:
         system_call(path, os.close, descriptor)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    """Size and hash as read back from the file."""
+def file_entry(path: Path) -> dict[str, Any]:
+    """{"sha256", "size"} as read back from the file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"sha256": digest.hexdigest(), "size": file.tell()}
@@ -352,7 +352,7 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
             problems.append(f"{name} is missing")
         elif (directory / name).stat().st_size != entry["size"]:
             problems.append(f"{name} has {(directory / name).stat().st_size} bytes, want {entry['size']}")
-        elif _describe(directory / name) != entry:
+        elif file_entry(directory / name) != entry:
             problems.append(f"{name} has another content (sha256 differs)")
     if problems:
         raise FormatError(f"{directory}: not the directory that was saved: {'; '.join(problems)}", path=directory)

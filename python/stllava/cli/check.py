@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .flags import Verbs, base_flags
+from .parser import WRONG
 
 if TYPE_CHECKING:
     from stllava.datacheck import Report
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from stllava.model import LlavaModel
 
 __all__ = ["VERBS"]
-
-MISTAKE = 2
-"""Exit code where there are errors, as for every mistake in the data."""
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +82,7 @@ def run_check(args: argparse.Namespace) -> int:
         write_jsonl(args.jsonl, report)
     if args.html is not None:
         write_page(args.html, report, samples, cost)
-    return MISTAKE if report.n_of("error") or (args.strict and report.n_of("warning")) else 0
+    return WRONG if report.n_of("error") or (args.strict and report.n_of("warning")) else 0
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

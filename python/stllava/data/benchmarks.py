@@ -15,7 +15,7 @@ from .formats import images_of
 from .formats.directory import canonical_split, split_of_name
 from .formats.load import Loaded, load
 from .formats.vqa import item_of_conversation, item_of_question
-from .problems import SHOWN, DataError, Problem
+from .problems import DataError, Problem, listed
 
 __all__ = ["BENCHMARKS", "PUBLISHED", "Benchmark", "Counts", "load_benchmark", "read_benchmark"]
 
@@ -142,8 +142,7 @@ def _items(loaded: Loaded) -> list[dict[str, Any]]:
             problems.append(Problem(row, str(record.get("id", record.get("question_id", row))), "item", str(error)))
     if problems:
         raise DataError(f"{loaded.path}: {len(problems)} of {len(loaded.records)} rows are no question with an answer:\n"
-                        + "\n".join(f"  row {p.row} (id {p.id}): {p.text}" for p in problems[:SHOWN])
-                        + (f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""), problems)
+                        + listed(problems), problems)
     return items
 
 

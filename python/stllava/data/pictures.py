@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from stllava.image_source import ImageError, split_choice
 from stllava.images import ImageProcessor
 
 from .image_store import ImageStore
 
-__all__ = ["Pictures"]
+__all__ = ["Pictures", "picture_key"]
 
 
 class Pictures:
@@ -27,9 +28,9 @@ class Pictures:
         self._kept: OrderedDict[Hashable, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, name: object) -> np.ndarray:
-        """(3, S, S) float32 of a name, or of a picture inside a record. Raises ImageError naming the file."""
-        source, key = self.store.source(name), _key(name)
+    def __call__(self, name: object, key: Hashable | None = None) -> np.ndarray:
+        """(3, S, S) float32 of a name, or of a picture inside a record. key: its `picture_key`, where known. Raises ImageError naming the file."""
+        source, key = self.store.source(name), picture_key(name) if key is None else key
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -44,8 +45,10 @@ class Pictures:
         return pixels
 
 
-def _key(name: object) -> Hashable:
-    """Equal for equal pictures: the name, or a digest of the bytes in a record and of what is chosen in them."""
-    if isinstance(name, Mapping) and isinstance(name.get("bytes"), bytes):
-        return hashlib.blake2b(name["bytes"], digest_size=16).digest(), str(name.get("path")).partition("#")[2]
-    return name if isinstance(name, Hashable) else repr(name)
+def picture_key(image: object) -> Hashable:
+    """Equal for equal pictures: the name, or a digest of the bytes in a record and what is chosen in them. Raises ImageError for what is neither."""
+    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
+        return "embedded", hashlib.blake2b(image["bytes"], digest_size=16).hexdigest(), split_choice(str(image.get("path")))[1]
+    if not isinstance(image, Hashable):
+        raise ImageError(f"image {str(image)[:120]!r} is a {type(image).__name__}, want a file name, or {{bytes, path}}")
+    return image

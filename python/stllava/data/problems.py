@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stllava.errors import StllavaError
 
-__all__ = ["SHOWN", "DataError", "Problem"]
+__all__ = ["SHOWN", "DataError", "Problem", "listed"]
 
 SHOWN = 20
 """Problems printed in full."""
@@ -28,3 +29,11 @@ class Problem:
     id: str
     kind: str
     text: str
+
+
+def listed(problems: Sequence[Problem]) -> str:
+    """A line for each of the first `SHOWN`, and how many more there are."""
+    lines = [f"  row {p.row} (id {p.id}): {p.text}" for p in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"  ... and {len(problems) - SHOWN} more")
+    return "\n".join(lines)

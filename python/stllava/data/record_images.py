@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stllava.image_source import ImageError, split_choice
 from stllava.images import ImageProcessor
 
 from .formats import images_of
-from .pictures import Pictures
+from .pictures import Pictures, picture_key
 
 __all__ = ["RecordImages"]
 
@@ -33,18 +31,13 @@ class RecordImages:
 
     def keys(self, record: Mapping[str, Any]) -> tuple[Hashable, ...]:
         """One key per image of the record, in order. Raises ImageError for what is no image at all."""
-        return tuple(self._key(image) for image in images_of(record))
-
-    def _key(self, image: Any) -> Hashable:
-        if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
-            choice = split_choice(str(image.get("path")))[1]  # the frame or slice of a medical file
-            key = ("embedded", hashlib.blake2b(image["bytes"], digest_size=16).hexdigest(), choice)
-            self._embedded.setdefault(key, image)
-            return key
-        if not isinstance(image, Hashable):
-            raise ImageError(f"image {str(image)[:120]!r} is a {type(image).__name__}, want a file name, or {{bytes, path}}")
-        return image
+        images = images_of(record)
+        keys = tuple(picture_key(image) for image in images)
+        for key, image in zip(keys, images, strict=True):
+            if isinstance(image, Mapping):
+                self._embedded.setdefault(key, image)
+        return keys
 
     def pixels(self, key: Hashable) -> np.ndarray:
         """(3, S, S) float32. Raises ImageError naming the file."""
-        return self._pictures(self._embedded.get(key, key))
+        return self._pictures(self._embedded.get(key, key), key)

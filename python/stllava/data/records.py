@@ -17,7 +17,7 @@ from stllava.paths import read_regular
 
 from .formats.load import load, neutral_records
 from .formats.rows import iterate_lines
-from .problems import SHOWN, DataError, Problem
+from .problems import SHOWN, DataError, Problem, listed
 
 __all__ = ["SHOWN", "DataError", "Problem", "check_records", "read_jsonl", "read_records"]
 
@@ -64,11 +64,9 @@ def check_records(records: list[dict[str, Any]], check: Callable[[int, dict[str,
     problems = [Problem(row, str(record.get("id", row)), *answer)
                 for row, (record, answer) in enumerate(zip(records, found, strict=True)) if answer is not None]
     if problems and on_bad_sample == "error":
-        lines = [f"  row {p.row} (id {p.id}): {p.text}" for p in problems[:SHOWN]]
-        more = "" if len(problems) <= SHOWN else f"\n  ... and {len(problems) - SHOWN} more"
         counts = ", ".join(f"{n} {kind}" for kind, n in Counter(p.kind for p in problems).most_common())
         raise DataError(f"{source}: {len(problems)} of {len(records)} records cannot be used ({counts}); mend them, or leave them out with "
-                        "on_bad_sample='skip':\n" + "\n".join(lines) + more, problems)
+                        "on_bad_sample='skip':\n" + listed(problems), problems)
     bad = {p.row for p in problems}
     rows = [row for row in range(len(records)) if row not in bad]
     if not rows:

@@ -159,8 +159,7 @@ def _arena(model: LlavaModel, report: Report, groups: Sequence[Sequence[tuple[in
     trees, batch = model.batch(sequences)
     run = stllava_c.Run(model.core)
     if plan.recompute:
-        core = model.core.config
-        run.set_recompute(core["vision"]["n_layers"] if core["vision"] else 0, core["decoder"]["n_layers"])
+        run.set_recompute(*model.config.n_layers)
     side = 0 if model.config.vision is None else model.config.vision.image_size
     pixels = np.zeros((len(trees.image_keys), 3, side, side), model.theta.dtype) if trees.image_keys else None
     return run.estimate(batch, pixels=pixels, train=True, vision_grad=bool(plan.vit_lora_r), dropout=True)

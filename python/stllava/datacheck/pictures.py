@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from stllava.data.image_store import ImageStore
 from stllava.image_source import HEAD_BYTES, FileSource, ImageError, Stored, byte_limit, medical_kind, read_source, shown_name, split_choice
-from stllava.images import FORMATS, check_size, load_image
+from stllava.images import FORMATS, check_size, header_orientation, load_image
 
 from .hashes import Print, fingerprint
 from .kinds import Found
@@ -32,7 +32,6 @@ __all__ = ["Picture", "PictureRules", "digests", "key_of", "probe_all", "thumbna
 _FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF"}
 _END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL = 4096  # bytes at the end in which the mark must be; some programs append a little of their own
-_ORIENTATION = 0x0112
 _PLAIN_MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA")
 _PNG_DEPTH_AT = 24
 _BLOCK = 1 << 20
@@ -195,7 +194,7 @@ def _header_findings(image: Image.Image, file: BinaryIO, picture: Picture, rules
     if expected not in (None, picture.format):
         yield "image_extension", f"the content is {picture.format}"
     yield from _size_findings(image.size, picture.n_bytes, rules)
-    orientation = _orientation(image)
+    orientation = header_orientation(image)
     if orientation != 1:
         yield "image_rotated", f"EXIF orientation {orientation}"
     if image.mode.startswith(("I", "F")) or (picture.format == "PNG" and _byte_at(file, _PNG_DEPTH_AT) == 16):
@@ -218,19 +217,6 @@ def _size_findings(size: tuple[int, int], n_bytes: int | None, rules: PictureRul
         return
     if min(width, height) < rules.min_side or max(width, height) > rules.max_aspect * min(width, height):
         yield "image_size", f"{width}x{height} pixels"
-
-
-def _orientation(image: Image.Image) -> int:
-    """As its header says; behind a PNG's pixels, where Pillow would decode them to look, nobody looks."""
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except MemoryError:
-        raise
-    except Exception:  # noqa: BLE001 - the block is a TIFF file of its own, with as many ways to be damaged
-        return 1
-    return value if value in range(1, 9) else 1
 
 
 def _byte_at(file: BinaryIO, place: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from stllava.model import LlavaModel
 
-__all__ = ["digest", "file_entry", "items_digest", "model_digest"]
+__all__ = ["digest", "items_digest", "model_digest"]
 
 _SAMPLE = 4096  # bytes of either end of a tensor
 
@@ -43,12 +42,6 @@ def items_digest(items: Sequence[Mapping[str, Any]]) -> str:
     for item in items:
         found.update(json.dumps(item, sort_keys=True, separators=(",", ":"), default=_bytes).encode() + b"\n")
     return found.hexdigest()
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """{"sha256", "size"} of a file."""
-    with open(path, "rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": file.tell()}
 
 
 def _bytes(value: Any) -> str:

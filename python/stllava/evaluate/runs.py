@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava.checkpoint import strict_json
-from stllava.checkpoint.atomic import appending, make_directory, write_bytes
+from stllava.checkpoint.atomic import appending, file_entry, make_directory, write_bytes
 from stllava.checkpoint.lock import run_lock
 from stllava.data.chunks import get_chunk
 from stllava.data.records import read_jsonl
@@ -21,7 +21,7 @@ from stllava.errors import FormatError
 from stllava.evaluate.answers import Question, answer_questions
 from stllava.evaluate.baselines import questions_for
 from stllava.evaluate.evaluation import SCHEMA, Evaluation
-from stllava.evaluate.identity import digest, file_entry
+from stllava.evaluate.identity import digest
 from stllava.evaluate.render.tables import latex_table, markdown_table
 
 if TYPE_CHECKING:

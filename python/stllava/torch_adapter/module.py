@@ -186,8 +186,7 @@ class LlavaModule(torch.nn.Module):
 
     def activation_checkpointing_enable(self, **_settings: Any) -> None:
         """Every layer's activations are computed again in the backward pass; settings of torch's own way to do it have no effect."""
-        core = self.llava.config.core_config()
-        self._recompute = (core["vision"]["n_layers"] if core["vision"] else 0, core["decoder"]["n_layers"])
+        self._recompute = self.llava.config.n_layers
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # before transformers 5
 

@@ -95,8 +95,7 @@ class Trainer(ScriptNames):
         self.plan = _plan(args, self.train_dataset)
         self.groups = parameter_groups(self.model, list(wanted), args)
         if args.gradient_checkpointing:
-            core = self.model.config.core_config()
-            self.model.run.set_recompute(core["vision"]["n_layers"] if core["vision"] else 0, core["decoder"]["n_layers"])
+            self.model.run.set_recompute(*self.model.config.n_layers)
         self.objective: Objective = self.make_objective()
         self.updater = Updater(self.model, self.groups, self.objective, args, self.plan.total_steps)
         self.state = TrainerState(max_steps=self.plan.total_steps, num_train_epochs=args.num_train_epochs)

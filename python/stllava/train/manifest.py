@@ -86,7 +86,7 @@ def hash_inputs(settings: Mapping[str, Any], images: Iterable[object] = ()) -> d
             root = Path(path)
             files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file() and _is_input(file.relative_to(root)))
             top = root if root.is_dir() else root.parent
-            found[name] = {"path": str(path), "files": {file.relative_to(top).as_posix(): _sha256(file) for file in files}}
+            found[name] = {"path": str(path), "files": {file.relative_to(top).as_posix(): atomic.file_entry(file)["sha256"] for file in files}}
     found["images"] = _hash_images(ImageStore(settings.get("image_folder")), images)
     return found
 
@@ -141,11 +141,6 @@ def _weights(files: Mapping[str, Mapping[str, Any]]) -> str:
 def _is_input(file: Path) -> bool:
     """Not the checkpoints of a run, its logs and what is hidden."""
     return not any(part.startswith((".", "checkpoint-")) for part in file.parts) and file.name not in ("log.jsonl", atomic.MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _now() -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stllava.data.problems import SHOWN, DataError, Problem
+from stllava.data.problems import DataError, Problem, listed
 from stllava.errors import FormatError
 
 from .directory import DataFile, canonical_split, data_files, place_images, split_of_name
@@ -51,8 +51,7 @@ class Loaded:
                               f"{known_layouts()}", path=self.path)
         if self.problems:
             raise DataError(f"{self.path}: {len(self.problems)} of {len(self.records)} rows are not of the layout {self.layout.name}:\n"
-                            + "\n".join(f"  row {p.row} (id {p.id}): {p.text}" for p in self.problems[:SHOWN])
-                            + (f"\n  ... and {len(self.problems) - SHOWN} more" if len(self.problems) > SHOWN else ""), self.problems)
+                            + listed(self.problems), self.problems)
         return self
 
 

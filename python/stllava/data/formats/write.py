@@ -11,7 +11,7 @@ from typing import Any
 
 from stllava.checkpoint.atomic import make_directory, write_bytes
 from stllava.constants import DEFAULT_IMAGE_TOKEN
-from stllava.data.problems import SHOWN, DataError, Problem
+from stllava.data.problems import DataError, Problem, listed
 from stllava.errors import FormatError
 from stllava.image_source import split_choice, suffix_of
 
@@ -127,9 +127,7 @@ def convert_records(records: Iterable[Row], kind: Kind, target: str, source: obj
         except FormatError as error:
             problems.append(Problem(row, str(record.get("id", record.get("question_id", row))), "layout", str(error)))
     if problems:
-        raise DataError(f"{source}: {len(problems)} records cannot be written as {target}:\n"
-                        + "\n".join(f"  row {p.row} (id {p.id}): {p.text}" for p in problems[:SHOWN])
-                        + (f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""), problems)
+        raise DataError(f"{source}: {len(problems)} records cannot be written as {target}:\n" + listed(problems), problems)
     return rows
 
 
