@@ -26,7 +26,7 @@ from stllava.datacheck.estimate import Plan, estimate
 from stllava.datacheck.hashes import MIN_LIKENESS, close_pairs, fingerprint, likeness, near_pairs
 from stllava.datacheck.masks import choose_rows, masked
 from stllava.datacheck.page import write_page
-from stllava.datacheck.pictures import PictureRules
+from stllava.datacheck.pictures import PictureRules, key_of
 from stllava.datacheck.screen import print_report
 from stllava.datacheck.summary import lengths_of
 from stllava.images import ImageProcessor
@@ -478,3 +478,9 @@ def test_mistakes_are_one_line(clean, words, said_of_it, capsys):
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and said_of_it in error
+
+
+def test_two_slices_of_one_volume_inside_records_are_two_images() -> None:
+    keys = [key_of({"bytes": b"volume", "path": f"v.nii#slice={i}"}) for i in (1, 2, 2)]
+    assert keys[0] != keys[1] == keys[2]
+    assert key_of(3) is None and key_of({"path": "a.png"}) is None and key_of("a.png") == "a.png"

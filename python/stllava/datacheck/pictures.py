@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from stllava.data.image_store import ImageStore
+from stllava.data.pictures import picture_key
 from stllava.image_source import HEAD_BYTES, FileSource, ImageError, Stored, byte_limit, medical_kind, read_source, shown_name, split_choice
 from stllava.images import FORMATS, check_size, header_orientation, load_image
 
@@ -67,12 +68,9 @@ class Picture:
 
 
 def key_of(image: Any) -> Hashable | None:
-    """A name itself, the digest of an image inside its record; None for what is no image at all."""
-    if isinstance(image, str):
-        return image
-    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
-        return "embedded", hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
-    return None
+    """`picture_key`; None for what is no image at all."""
+    is_image = isinstance(image, str) or (isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes))
+    return picture_key(image) if is_image else None
 
 
 def probe_all(store: ImageStore, images: Mapping[Hashable, Any], rules: PictureRules, tick: Callable[[int], object],
