@@ -33,3 +33,10 @@ class NumericsError(StllavaError, ValueError):
     def __init__(self, message: str, *, path: str | os.PathLike[str] | None = None, field: str | None = None, sample_ids: Iterable[str] = ()) -> None:
         super().__init__(message, path=path, field=field)
         self.sample_ids = list(sample_ids)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a wrong word: the nearest that exists, if one is near."""
+    import difflib  # for a mistake only
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from stllava.checkpoint import strict_json
-from stllava.errors import ConfigError, FormatError
+from stllava.errors import ConfigError, FormatError, did_you_mean
 from stllava.limits import MAX_JSON_BYTES
 from stllava.paths import read_regular
 
 from .flags import Flag, parse_bool
-from .parser import did_you_mean
 
 __all__ = ["read_config"]
 

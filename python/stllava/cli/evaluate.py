@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from stllava.errors import did_you_mean
+
 from .flags import Verbs, load_model, loading_flags, template_for
-from .parser import did_you_mean
 
 if TYPE_CHECKING:
     from stllava.evaluate.evaluation import Answers

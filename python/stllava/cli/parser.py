@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-__all__ = ["WRONG", "Parser", "did_you_mean", "parse"]
+from stllava.errors import did_you_mean
+
+__all__ = ["WRONG", "Parser", "parse"]
 
 WRONG = 2
 """Exit code of a command line that cannot be run."""
@@ -34,11 +35,6 @@ class Parser(argparse.ArgumentParser):
             names = [str(choice) for choice in action.choices]
             raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(names)}{did_you_mean(value, names)}")
         super()._check_value(action, value)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse(parser: Parser, verbs: dict[str, Parser], words: Sequence[str]) -> argparse.Namespace:

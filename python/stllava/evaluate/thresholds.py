@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from stllava.checkpoint.lock import LockedError
 from stllava.conv_mode import choose_conv_mode, model_name_of
 from stllava.data.benchmarks import read_benchmark
 from stllava.data.records import read_jsonl, read_records
+from stllava.errors import did_you_mean
 from stllava.evaluate.answers import Question, answer_questions, read_questions
 from stllava.evaluate.definitions import CLOSED_VARIANTS, METRIC_SETS, METRICS, Metric
 from stllava.evaluate.pictures import ItemPictures
@@ -76,8 +76,8 @@ class Vqa:
             if (value is None and not kind.endswith(" | None")) or isinstance(value, bool) or not isinstance(value, (*wanted, type(None))):
                 raise ValueError(f"{field.name} is {value!r}, want a {what}")
         for name, choices in (("metric_set", METRIC_SETS), ("closed", CLOSED_VARIANTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, want one of {', '.join(choices)}{_did_you_mean(getattr(self, name), choices)}")
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} is {value!r}, want one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
         if (self.metric is None) != (self.at_least is None):
             raise ValueError("metric and at_least go together, but " + ("metric" if self.metric is None else "at_least") + " is missing")
         if self.at_least is not None and not 0 <= self.at_least <= 1:
@@ -100,7 +100,7 @@ class Vqa:
         found = known.get(name) or short.get(name)
         if found is None:
             names = list(dict.fromkeys(["closed_accuracy", "open_accuracy", *short]))
-            raise ValueError(f"metric {self.metric!r} is not in the set {self.metric_set}, which has {', '.join(names)}{_did_you_mean(name, names)}")
+            raise ValueError(f"metric {self.metric!r} is not in the set {self.metric_set}, which has {', '.join(names)}{did_you_mean(name, names)}")
         if version and version != found.version:
             raise ValueError(f"metric {self.metric!r}: this version of stllava computes definition {found.id}")
         return found
@@ -126,7 +126,7 @@ def read_markers(markers: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]], r
             raise ValueError(f"@pytest.mark.vqa({args[0]!r}, ...): arguments need their names, as model={args[0]!r}")
         for name in given:
             if name not in names:
-                raise ValueError(f"@pytest.mark.vqa has no argument {name!r}{_did_you_mean(name, names)}; it has {', '.join(names)}")
+                raise ValueError(f"@pytest.mark.vqa has no argument {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}")
         if "metric" not in given:
             shared |= given
     thresholds = [{**shared, **given} for _, given in markers if "metric" in given] or [shared]
@@ -278,8 +278,3 @@ def _sha256(files: Iterable[Path]) -> str:
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= WIDTH else line[:WIDTH - 1] + "…"
-
-
-def _did_you_mean(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
