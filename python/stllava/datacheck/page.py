@@ -6,12 +6,12 @@ import base64
 import json
 import os
 from collections.abc import Hashable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from stllava.checkpoint.atomic import write_bytes
 from stllava.errors import ConfigError
+from stllava.html_template import html_template
 
 from .check import Report
 from .estimate import Estimate
@@ -37,12 +37,9 @@ def write_jsonl(path: str | os.PathLike[str], report: Report) -> None:
 def write_page(path: str | os.PathLike[str], report: Report, samples: Sequence[Masked] = (), cost: Estimate | None = None) -> None:
     """Raises ConfigError where jinja2 is missing."""
     try:
-        from jinja2 import Environment, StrictUndefined
+        template = html_template("stllava.datacheck", "page.html.j2", size=size_text, duration=duration)
     except ImportError as error:
         raise ConfigError("the HTML page needs jinja2: pip install 'stllava[report]'") from error
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"size": size_text, "duration": duration}
-    template = environment.from_string((resources.files("stllava.datacheck") / "page.html.j2").read_text(encoding="utf-8"))
     lengths = lengths_of(report)
     page = template.render(report=report, counts=report.counts(), kinds=KINDS, examples=_examples(report), max_examples=MAX_EXAMPLES,
                            pictures=pictures_of(report.pictures), lengths=lengths, lines=[] if lengths is None else length_lines(report, lengths),

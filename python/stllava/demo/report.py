@@ -7,7 +7,6 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from stllava.checkpoint.atomic import write_bytes
 from stllava.data.pictures import Pictures
+from stllava.html_template import html_template
 from stllava.model import LlavaModel
 
 from .baselines import Scores, answer_greedily
@@ -78,10 +78,7 @@ class Samples:
 def write_report(path: str | os.PathLike[str], results: Mapping[str, Any], sft_log: Seq[Mapping[str, Any]], dpo_log: Seq[Mapping[str, Any]],
                  samples: Samples) -> None:
     """Writes the page; logs are `TrainerState.log_history`, one entry an update."""
-    from jinja2 import Environment, StrictUndefined
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"png": png_address, "percent": lambda value: f"{100 * value:.1f} %", "delta": delta_text}
-    template = environment.from_string((resources.files("stllava.demo") / "report.html.j2").read_text(encoding="utf-8"))
+    template = html_template("stllava.demo", "report.html.j2", png=png_address, percent=lambda value: f"{100 * value:.1f} %", delta=delta_text)
     curves = figure_png((9, 2.6), 3, lambda axes: draw_curves(axes, sft_log, dpo_log))
     by_type = figure_png((9, 3.2), 1, lambda axes: draw_types(axes[0], results))
     page = template.render(results=results, details=results["details"], columns=[title for _, _, title in COLUMNS], groups=score_groups(results),

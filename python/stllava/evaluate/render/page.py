@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 from stllava.data.steps import item_seed
 from stllava.errors import FormatError
 from stllava.evaluate.evaluation import Evaluation
+from stllava.html_template import html_template
 from stllava.image_source import HEAD_BYTES, read_source, shown_name
 from stllava.images import load_image
 
@@ -90,11 +90,8 @@ def _called(name: str, kind: str = "") -> str:
 
 def html_page(evaluation: Evaluation, image_of: Callable[[str], Any] | None = None) -> str:
     """The page. Raises ModuleNotFoundError without jinja2 (extra `report`)."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "interval": interval, "p": p_value}
-    template = environment.from_string((resources.files("stllava.evaluate.render") / "report.html.j2").read_text(encoding="utf-8"))
+    template = html_template("stllava.evaluate.render", "report.html.j2", percent=percent, interval=interval, p=p_value)
     charts = [Markup(intervals_svg(evaluation, metric)) for metric in evaluation.primary if evaluation.system.score(metric).n]  # it escapes its texts
     return template.render(evaluation=evaluation, charts=charts, counts=counts_line(evaluation), unhelpful=unhelpful_line(evaluation),
                            errors=[(kind, worst_errors(evaluation, kind == "open", image_of)) for kind in ("closed", "open")])
